@@ -1,0 +1,3 @@
+"""For the tests of kerneltest itself: ``pytester`` runs whole pytest sessions in a child process."""
+
+pytest_plugins = ["pytester"]

@@ -1,0 +1,223 @@
+"""pytest's side: from suite files and fixtures to items, and from options to a session."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kerneltest import discovery
+from kerneltest.engine import repro
+from kerneltest.engine.hunt import Target
+from kerneltest.engine.pool import WorkerFailed
+from kerneltest.engine.profile import PROFILES
+from kerneltest.model import Case, Failure, KernelRecord, Verdict, encode
+from kerneltest.session import Options, Session
+
+SESSION = pytest.StashKey[Session]()
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def start(config: pytest.Config) -> Session:
+    """The session of this run, made at first use. Raises pytest.UsageError for options that make no sense."""
+    if SESSION not in config.stash:
+        session = Session(_options(config))
+        config.stash[SESSION] = session
+        _check_libraries(session)
+        if session.options.device.startswith("cuda") and not config.option.collectonly:
+            _require_device(session)
+    return config.stash[SESSION]
+
+
+def add_suites_to_arguments(config: pytest.Config) -> None:
+    """Collect the chosen suites: alone if no path was given, beside the paths given otherwise.
+
+    A pasted node id such as ``suites/attention/flashinfer.py::...`` means the suite's own file and narrows the run to it.
+    """
+    options = start(config).options
+    folders = [root / suite for root in options.roots for suite in options.suites if (root / suite).is_dir()]
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(folder) for folder in folders]
+        return
+    inside = False
+    for number, argument in enumerate(config.args):
+        path = Path(os.path.abspath(config.invocation_params.dir / argument.partition("::")[0]))
+        inside |= any(path.is_relative_to(root) for root in options.roots)
+    if not inside:
+        config.args = [*config.args, *(str(folder) for folder in folders)]
+
+
+class SuiteFile(pytest.File):
+    """A suite file; its items are the kernels it defines, or the one that says why there are none."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        suite = self.path.parent.name
+        try:
+            kernels = discovery.load_kernels(self.path)
+        except Exception as error:  # whatever an import may raise is a finding about this file alone
+            reason = f"{type(error).__name__}: {error}"
+            yield BrokenItem.from_parent(self, name="import", reason=reason, expected=discovery.EXPECTED_FORM)
+            return
+        for kernel in kernels.values():
+            target = Target(kernel=kernel, source=self.path)
+            yield KernelItem.from_parent(self, name=kernel.name, suite=suite, target=target)
+
+
+class RecordedItem(pytest.Item):
+    """An item that leaves a record for the reports."""
+
+    record: KernelRecord | None = None
+
+    def conclude(self, record: KernelRecord, failure: Failure | None) -> None:
+        """Pass, fail or skip, as the record says."""
+        self.record = record
+        if failure is not None:
+            raise failure
+        if record.verdict is Verdict.UNCHECKED or not record.cases:
+            pytest.skip("; ".join(unchecked.why for unchecked in record.unchecked))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if isinstance(excinfo.value, (Failure, WorkerFailed, BrokenFile)):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[os.PathLike[str], int | None, str]:
+        return self.path, None, self.name
+
+
+class KernelItem(RecordedItem):
+    """One kernel's hunt."""
+
+    def __init__(self, *, suite: str, target: Target, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.suite, self.target = suite, target
+
+    def runtest(self) -> None:
+        self.conclude(*start(self.config).hunt(self.suite, self.target))
+
+
+class FixtureFile(pytest.File):
+    """A ``case.json``; its item replays the bug."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        try:
+            read = repro.read(self.path)
+            target = _find(start(self.config), read.suite, read.kernel)
+            case: Case[Any] = Case.from_json(read.case, target.kernel.operator.axes)
+            target.kernel.operator.strategy(case.inputs)
+        except ValueError as error:
+            yield BrokenItem.from_parent(self, name="read", reason=str(error), expected=repro.EXPECTED_FORM)
+            return
+        yield ReplayItem.from_parent(self, name="replay", suite=read.suite, target=target, case=case)
+
+
+class ReplayItem(RecordedItem):
+    """Run the case of a fixture; it passes once the bug is gone."""
+
+    def __init__(self, *, suite: str, target: Target, case: Case[Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.suite, self.target, self.case = suite, target, case
+
+    def runtest(self) -> None:
+        self.conclude(*start(self.config).replay(self.suite, self.target, self.case, self.path))
+
+
+class BrokenFile(Exception):
+    """A suite file or fixture that cannot be used."""
+
+
+class BrokenItem(RecordedItem):
+    """Fails with the file, the reason and the expected form, while everything else still runs."""
+
+    def __init__(self, *, reason: str, expected: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.reason, self.expected = reason, expected
+
+    def runtest(self) -> None:
+        raise BrokenFile(f"{self.path}\n  {self.reason}\n  expected: {self.expected}")
+
+
+def encoded_record(item: pytest.Item) -> Any | None:
+    """The JSON form of what an item left behind, for a report that may cross to another process."""
+    record = item.record if isinstance(item, RecordedItem) else None
+    return None if record is None else encode(record)
+
+
+def _options(config: pytest.Config) -> Options:
+    option = config.option
+    roots = [discovery.builtin_root()]
+    own = config.rootpath / "suites"
+    if own.is_dir() and own != roots[0]:
+        roots.insert(0, own)
+    known = sorted({path.parent.name for root in roots for path in discovery.suite_files(root)})
+    suites = [name for name in (option.kernel_suite or "").split(",") if name]
+    if "all" in suites:
+        suites = known
+    for suite in suites:
+        _one_of("--kernel-suite", suite, ["all", *known])
+    _one_of("--kernel-profile", option.kernel_profile, list(PROFILES))
+    if not DEVICE.fullmatch(option.kernel_device):
+        raise pytest.UsageError(f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N")
+    if option.kernel_seed is None:
+        # Written back, so that every process of a distributed run inherits one seed.
+        option.kernel_seed = random.SystemRandom().randrange(2**32)
+    return Options(
+        suites=tuple(suites),
+        profile=PROFILES[option.kernel_profile],
+        device=option.kernel_device,
+        libraries=dict(_library(text) for text in option.kernel_library),
+        isolation=option.kernel_isolation,
+        seed=option.kernel_seed,
+        roots=tuple(roots),
+        fixtures=Path(option.kernel_fixtures or config.rootpath / "fixtures"),
+        root=config.rootpath,
+    )
+
+
+def _one_of(option: str, value: str, valid: list[str]) -> None:
+    if value not in valid:
+        raise pytest.UsageError(f"{option}: unknown value {value!r}; valid: {', '.join(valid)}")
+
+
+def _library(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    path = Path(folder).resolve()
+    if not (name and equals):
+        raise pytest.UsageError(f"--kernel-library: expected NAME=FOLDER, got {text!r}")
+    if not ((path / name).is_dir() or (path / f"{name}.py").is_file()):
+        raise pytest.UsageError(f"--kernel-library: {path} holds no package {name!r}")
+    return name, path
+
+
+def _check_libraries(session: Session) -> None:
+    for name in session.options.libraries:
+        _one_of("--kernel-library", name, list(session.libraries))
+
+
+def _require_device(session: Session) -> None:
+    try:
+        error = session.runner.started.error
+    except WorkerFailed as failed:
+        error = str(failed)
+    if error:
+        session.close()
+        raise pytest.UsageError(f"--kernel-device: {error}")
+
+
+def _find(session: Session, suite: str, name: str) -> Target:
+    """The kernel of that name; raises ValueError that lists the valid ones."""
+    known = []
+    for root in session.options.roots:
+        for path in discovery.suite_files(root):
+            if path.parent.name != suite:
+                continue
+            for kernel in discovery.load_kernels(path).values():
+                if kernel.name == name:
+                    return Target(kernel=kernel, source=path)
+                known.append(kernel.name)
+    raise ValueError(f"suite {suite!r} has no kernel {name!r}; valid: {', '.join(known) or 'no such suite'}")

@@ -1,0 +1,221 @@
+"""Worker processes: started, spoken to with a deadline, found dead, replaced.
+
+The parent finds a death by itself, from the end of the pipe, the exit status or the clock; a dying process need not
+speak. Workers are spawned, never forked: a forked CUDA context is broken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kerneltest.model import Case, Finding, Kernel, Outcome, Run, Start, Started, Status, decode, encode
+
+# From the start of the process to its first answer: importing torch and compiling the poison kernels takes a while.
+START_DEADLINE = 300.0
+STDERR_LINES = 12
+LAST_WORDS_SECONDS = 0.2
+
+
+class WorkerFailed(Exception):
+    """A worker could not be started at all; the message holds the end of its stderr."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How a worker ended: ``returncode`` as in :mod:`subprocess` (negative: a signal), None if it was killed as hung."""
+
+    returncode: int | None
+    stderr: tuple[str, ...]
+
+
+class Runner(Protocol):
+    """What a hunt needs: something that runs cases."""
+
+    @property
+    def started(self) -> Started: ...
+    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome: ...
+    def close(self) -> None: ...
+
+
+class _Process:
+    """One worker process and its pipes."""
+
+    def __init__(self, start: Start, libraries: Mapping[str, Path]) -> None:
+        self._stderr = tempfile.TemporaryFile()
+        environment = dict(os.environ)
+        # The parent may run from a folder that is on no path of the child's.
+        package = str(Path(__file__).parents[2])
+        paths = [*map(str, libraries.values()), package, environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "kerneltest.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+            # A group of its own: a compiler that a killed worker has started must not outlive it.
+            start_new_session=True,
+        )
+        self.warm: set[tuple[str, str]] = set()
+        self._buffer = b""
+        self._send(encode(start))
+
+    def receive(self, deadline: float) -> Any | Death:
+        """The next answer, or how the process ended instead."""
+        assert self._popen.stdout is not None
+        descriptor = self._popen.stdout.fileno()
+        end = time.monotonic() + deadline
+        while b"\n" not in self._buffer:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                return self._end(hung=True)
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                return self._end(hung=False)
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def ask(self, message: Any, deadline: float) -> Any | Death:
+        try:
+            self._send(message)
+        except BrokenPipeError:
+            return self._end(hung=False)
+        return self.receive(deadline)
+
+    def kill(self) -> None:
+        """End the process and its children, and wait for it."""
+        try:
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._popen.wait()
+        for pipe in (self._popen.stdin, self._popen.stdout, self._stderr):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:  # unsent bytes for a dead process
+                    pass
+
+    def _send(self, message: Any) -> None:
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(json.dumps(message).encode() + b"\n")
+        self._popen.stdin.flush()
+
+    def _end(self, *, hung: bool) -> Death:
+        if hung:
+            # The worker's faulthandler writes the line that it hangs in, even if native code never returns.
+            os.kill(self._popen.pid, signal.SIGUSR1)
+            time.sleep(LAST_WORDS_SECONDS)
+            returncode = None
+        else:
+            returncode = self._popen.wait()
+        death = Death(returncode, self._last_words())
+        self.kill()
+        return death
+
+    def _last_words(self) -> tuple[str, ...]:
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").splitlines()
+        return tuple(line for line in lines if line.strip())[-STDERR_LINES:]
+
+
+class WorkerPool:
+    """A worker in use, and after the first death a spare one that starts up meanwhile."""
+
+    def __init__(self, start: Start, libraries: Mapping[str, Path]) -> None:
+        self._start, self._libraries = start, libraries
+        self._worker: _Process | None = None
+        self._spare: _Process | None = None
+        self._started: Started | None = None
+        self.deaths = 0
+
+    @property
+    def started(self) -> Started:
+        """What the first worker said of itself; starts it. Raises :class:`WorkerFailed`."""
+        if self._started is None:
+            self._ready()
+        assert self._started is not None
+        return self._started
+
+    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
+        """Run a case; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`."""
+        worker = self._ready()
+        module = (kernel.name, kernel.specialisation(case))
+        begun = time.monotonic()
+        message = encode(Run(source=str(source), kernel=kernel.name, case=encode(case)))
+        answer = worker.ask(message, deadline if module in worker.warm else cold)
+        if isinstance(answer, Death):
+            self._replace()
+            seconds = time.monotonic() - begun
+            return Outcome(status=Status.FAILED, seconds=seconds, finding=_death(kernel, answer, seconds), fatal=True)
+        outcome = decode(Outcome, answer)
+        worker.warm.add(module)
+        if outcome.fatal:
+            worker.kill()
+            self._replace()
+        return outcome
+
+    def close(self) -> None:
+        for process in (self._worker, self._spare):
+            if process is not None:
+                process.kill()
+        self._worker = self._spare = None
+
+    def _replace(self) -> None:
+        self.deaths += 1
+        self._worker = None
+
+    def _ready(self) -> _Process:
+        if self._worker is None:
+            worker = self._spare or _Process(self._start, self._libraries)
+            self._spare = None
+            answer = worker.receive(START_DEADLINE)
+            if isinstance(answer, Death):
+                raise WorkerFailed("the worker process could not start:\n  " + "\n  ".join(answer.stderr))
+            self._started = self._started or decode(Started, answer)
+            self._worker = worker
+            if self.deaths:
+                self._spare = _Process(self._start, self._libraries)
+        return self._worker
+
+
+class InProcess:
+    """The same answers without a process boundary, for a debugger. A crash or a hang takes pytest with it."""
+
+    def __init__(self, start: Start, libraries: Mapping[str, Path]) -> None:
+        from kerneltest.worker.serve import Worker
+
+        sys.path[:0] = [str(folder) for folder in libraries.values()]
+        self._worker = Worker()
+        self.started = decode(Started, json.loads(json.dumps(self._worker.answer(encode(start)))))
+
+    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
+        message = encode(Run(source=str(source), kernel=kernel.name, case=encode(case)))
+        return decode(Outcome, json.loads(json.dumps(self._worker.answer(message))))
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def _death(kernel: Kernel, death: Death, seconds: float) -> Finding:
+    lines = tuple(f"stderr: {line}" for line in death.stderr)
+    if death.returncode is None:
+        what = f"no answer after {seconds:.1f} s; the worker was killed"
+        return Finding(kind="Hung", kernel=kernel.name, key="deadline", what=what, details=lines)
+    try:
+        how = f"signal {signal.Signals(-death.returncode).name}" if death.returncode < 0 else f"exit status {death.returncode}"
+    except ValueError:
+        how = f"signal {-death.returncode}"
+    return Finding(kind="Crashed", kernel=kernel.name, key=how, what=f"the worker process died: {how}", details=lines)

@@ -1,0 +1,55 @@
+"""How much a run may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kerneltest.model import Device, Size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Cases for each kernel, limits of a case on each kind of device, and deadlines in seconds.
+
+    ``deadline`` is for one case; ``cold_deadline`` for the first of each specialisation, which may have to be compiled.
+    ``shrink_seconds``: how long a failing case may be shrunk.
+    """
+
+    name: str
+    cases: int
+    cpu: Size
+    cuda: Size
+    deadline: float = 20.0
+    cold_deadline: float = 900.0
+    shrink_seconds: float = 60.0
+
+    def size(self, device: Device) -> Size:
+        return self.cuda if device.kind == "cuda" else self.cpu
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="quick",
+            cases=25,
+            cpu=Size(batch=2, qo_len=33, kv_len=70, heads=4),
+            cuda=Size(batch=4, qo_len=130, kv_len=300, heads=8),
+            shrink_seconds=30.0,
+        ),
+        Profile(
+            name="default",
+            cases=150,
+            cpu=Size(batch=3, qo_len=66, kv_len=140, heads=8),
+            cuda=Size(batch=6, qo_len=300, kv_len=1100, heads=16),
+        ),
+        Profile(
+            name="nightly",
+            cases=2000,
+            cpu=Size(batch=4, qo_len=140, kv_len=520, heads=16),
+            cuda=Size(batch=16, qo_len=1100, kv_len=8300, heads=32),
+            deadline=60.0,
+            shrink_seconds=300.0,
+        ),
+    )
+}

@@ -1,0 +1,55 @@
+"""Write a caught bug where ``pytest fixtures/`` replays it, and read it back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from kerneltest.engine.hunt import Caught
+from kerneltest.model import DecodeError, Started, decode, encode
+from kerneltest.model.repro import SCHEMA, Repro
+
+FILE_NAME = "case.json"
+EXPECTED_FORM = f'a JSON object with "schema": "{SCHEMA}", "suite", "kernel", "kind", "key", "culprit", "what" and "case"'
+
+
+def slug(kernel: str) -> str:
+    """A kernel's name as a folder's: brackets would read as parametrisation in a node id."""
+    return kernel.replace("[", "-").replace("]", "").replace("/", "-")
+
+
+def is_repro(path: Path) -> bool:
+    """Whether the path has the form <kernel>/<Failure>-<hash>/case.json."""
+    kind, dash, digest = path.parent.name.partition("-")
+    return path.name == FILE_NAME and bool(dash) and kind[:1].isupper() and len(digest) == 8
+
+
+def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
+    """Write ``<folder>/<kernel>/<failure>-<hash>/case.json`` and return its path. The same bug gets the same name."""
+    finding, case = caught.finding, caught.case
+    digest = hashlib.sha256("\0".join((*finding.identity, case.id)).encode()).hexdigest()[:8]
+    target = folder / slug(finding.kernel) / f"{finding.kind}-{digest}" / FILE_NAME
+    device = started.device.name if started.device else ""
+    repro = Repro(
+        schema=SCHEMA,
+        suite=suite,
+        kernel=finding.kernel,
+        kind=finding.kind,
+        key=finding.key,
+        culprit=finding.culprit,
+        what=finding.what,
+        case=encode(case),
+        found_on={"device": device, **started.libraries},
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(encode(repro), indent=2) + "\n")
+    return target
+
+
+def read(path: Path) -> Repro:
+    """Inverse of :func:`write`; raises :class:`DecodeError` that names the file, the reason and the expected form."""
+    try:
+        return decode(Repro, json.loads(path.read_text()))
+    except (ValueError, OSError) as error:  # JSONDecodeError and DecodeError are ValueErrors
+        raise DecodeError(f"{path}: {error}\nexpected: {EXPECTED_FORM}") from error

@@ -1,0 +1,45 @@
+"""What a person reads when a kernel fails."""
+
+from __future__ import annotations
+
+from kerneltest.engine.hunt import Caught, Trail
+from kerneltest.model import Started
+
+
+def failure_text(caught: Caught, started: Started, replay: str | None, ran: int) -> str:
+    """What, how much of it, where first, the minimal case, the culprit, and the command that shows it again."""
+    finding = caught.finding
+    lines = [f"{finding.kind} in {finding.kernel}", f"  {finding.what}"]
+    if finding.culprit:
+        lines.append(f"  culprit: {finding.culprit}")
+    lines += [f"  {line}" for line in finding.details]
+    lines.append(f"  minimal case: {caught.case}")
+    if not caught.complete:
+        lines.append("  shrinking ran out of time: a smaller case may exist")
+    lines.append(f"  on: {where(started)}")
+    if caught.confirmed_of:
+        lines.append(
+            f"  found after {caught.seconds_to_find:.1f} s, shrunk for {caught.seconds_to_shrink:.1f} s over {ran} cases; "
+            f"the minimal case failed again in {caught.reproduced} of {caught.confirmed_of} runs"
+        )
+    lines += [f"  seen while shrinking: {other.kind}: {other.what}" for other in caught.others]
+    if replay:
+        lines.append(f"  replay: {replay}")
+    return "\n".join(lines)
+
+
+def nothing_checked_text(kernel: str, trail: Trail, started: Started) -> str:
+    """Why a kernel that refused every case is not green."""
+    lines = [f"NothingChecked in {kernel}", f"  none of {sum(trail.unsupported.values())} drawn cases is supported:"]
+    lines += [f"  {count} x {reason}" for reason, count in sorted(trail.unsupported.items())]
+    lines.append(f"  on: {where(started)}")
+    return "\n".join(lines)
+
+
+def where(started: Started) -> str:
+    """Device and versions on a line."""
+    device = started.device
+    name = "no device" if device is None else device.name
+    if device is not None and device.kind == "cuda":
+        name += f" (sm {device.sm[0]}.{device.sm[1]}, {device.units} SMs)"
+    return ", ".join([name, *(f"{library} {version}" for library, version in started.libraries.items())])

@@ -1,0 +1,65 @@
+"""A case: one concrete call as a small recipe, from which worker and reference build the same tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Generic, TypeVar
+
+from kerneltest.model.codec import DecodeError, decode, encode
+
+A = TypeVar("A")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case(Generic[A]):
+    """One call of an operator.
+
+    ``axes`` is the operator's own frozen dataclass (shapes, dtypes, layout), ``inputs`` the name of one of its input
+    strategies, ``seed`` what the values are drawn from. No tensors: a case prints on a line and survives as JSON.
+    """
+
+    operator: str
+    axes: A
+    inputs: str
+    seed: int
+
+    def __str__(self) -> str:
+        axes = encode(self.axes)
+        shown = ", ".join(f"{name}={_compact(value)}" for name, value in axes.items())
+        return f"{self.operator}({shown}, inputs={self.inputs}, seed={self.seed})"
+
+    @property
+    def id(self) -> str:
+        """Eight hexadecimal digits that depend on nothing but the content."""
+        text = json.dumps(encode(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @classmethod
+    def from_json(cls, data: object, axes: type[A], path: str = "case") -> Case[A]:
+        """Inverse of :func:`encode`; raises :class:`DecodeError` with the path of the offending field."""
+        raw = decode(_RawCase, data, path)
+        return cls(
+            operator=raw.operator, axes=decode(axes, raw.axes, f"{path}.axes"), inputs=raw.inputs, seed=raw.seed
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _RawCase:
+    operator: str
+    axes: Any
+    inputs: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.axes, dict):
+            raise DecodeError(f"axes: expected an object, got {self.axes!r}")
+
+
+def _compact(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ",".join(_compact(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "/".join(_compact(item) for item in value.values())
+    return str(value)

@@ -1,0 +1,100 @@
+"""One exception class per kind of bug, and the finding: the same thing as data, on its way from worker to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class Unsupported(Exception):
+    """Raised by a kernel's ``plan`` or ``launch`` for a case outside its domain; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A failure as data.
+
+    ``kind`` names a class of :data:`FAILURES`. ``key`` tells apart bugs of one kind in one kernel (which output, which
+    signal): kind, kernel and key are the identity of a bug, never the text, so that shrinking cannot slide from one
+    bug to another. ``culprit`` is what made it show. ``what`` is one sentence, ``details`` are the lines below it.
+    """
+
+    kind: str
+    kernel: str
+    key: str
+    what: str
+    details: tuple[str, ...] = ()
+    culprit: str | None = None
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        return (self.kind, self.kernel, self.key)
+
+
+class Failure(AssertionError):
+    """A bug in a kernel. The text is written once, by whoever raises it; equality is that of the finding."""
+
+    def __init__(self, finding: Finding, text: str) -> None:
+        super().__init__(text)
+        self.finding = finding
+
+
+class NonFinite(Failure):
+    """NaN or Inf where the reference has none, or the other way round."""
+
+
+class Mismatch(Failure):
+    """An output outside the interval that the error budget allows."""
+
+
+class StaleState(Failure):
+    """The answer depends on bytes that nobody gave to the kernel."""
+
+
+class Nondeterministic(Failure):
+    """Two identical launches of a kernel that promises bitwise determinism differ."""
+
+
+class Unwritten(Failure):
+    """Elements of an output still hold what the buffer held before the launch."""
+
+
+class InputMutated(Failure):
+    """The launch changed one of its inputs."""
+
+
+class WrongOutput(Failure):
+    """An output is missing or has the wrong shape, dtype or device."""
+
+
+class LaunchRaised(Failure):
+    """``plan`` or ``launch`` raised an exception on a case that the kernel says it supports."""
+
+
+class Crashed(Failure):
+    """The worker process died, or its device context did."""
+
+
+class Hung(Failure):
+    """The launch did not come back before its deadline."""
+
+
+class NothingChecked(Failure):
+    """The kernel could run here, yet supported none of the cases drawn: green would be a lie."""
+
+
+FAILURES: dict[str, type[Failure]] = {
+    cls.__name__: cls
+    for cls in (
+        NonFinite,
+        Mismatch,
+        StaleState,
+        Nondeterministic,
+        Unwritten,
+        InputMutated,
+        WrongOutput,
+        LaunchRaised,
+        Crashed,
+        Hung,
+        NothingChecked,
+    )
+}

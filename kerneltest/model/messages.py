@@ -1,0 +1,84 @@
+"""What crosses the process boundary: one JSON line each way, in these forms and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from kerneltest.model.failure import Finding
+from kerneltest.model.poison import Coverage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device in words. ``sm`` is the compute capability, (0, 0) on a CPU; ``units`` SMs or hardware threads."""
+
+    kind: str
+    ordinal: int
+    name: str
+    sm: tuple[int, int]
+    units: int
+
+    @property
+    def torch_name(self) -> str:
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.ordinal}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """First message to a worker: the device (``auto``, ``cpu``, ``cuda``, ``cuda:N``), where suites lie, and the libraries to look for."""
+
+    device: str
+    suite_roots: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The answer: where it runs, with which versions, and how much of each poison was proven. Or the error.
+
+    ``missing``: the libraries that could not be imported, with the reason.
+    """
+
+    device: Device | None
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    coverage: tuple[Coverage, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Run one case: ``kernel`` lives in ``source`` (a suite file), ``case`` is its JSON form."""
+
+    source: str
+    kernel: str
+    case: Any
+
+
+class Status(Enum):
+    """How a case ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    UNSUPPORTED = "unsupported"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one case ended in the worker.
+
+    ``used``: the largest share of the error budget that each output used. ``unjudged``: outputs without a budget.
+    ``fatal``: the device context is lost, this worker is of no further use.
+    """
+
+    status: Status
+    seconds: float = 0.0
+    launches: int = 0
+    finding: Finding | None = None
+    reason: str | None = None
+    used: Mapping[str, float] = field(default_factory=dict)
+    unjudged: tuple[str, ...] = ()
+    fatal: bool = False

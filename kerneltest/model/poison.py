@@ -1,0 +1,50 @@
+"""Where hidden state can lie, what it is filled with, and how much of the filling was proven."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Pattern(Enum):
+    """What a place is filled with. ``word`` is the form for raw bytes, typed tensors get the value itself.
+
+    NAN is all ones, a NaN in every floating-point format. FINITE is 0.75 in fp32 and bf16 (1.81 in fp16): a leak of it
+    changes an answer without a trace of NaN. INF is Inf in bf16; MAX is close to the largest finite bf16 and fp32.
+    """
+
+    NAN = "nan"
+    INF = "inf"
+    MAX = "max"
+    FINITE = "finite"
+
+    @property
+    def word(self) -> int:
+        """The 32-bit word for raw bytes."""
+        return {"nan": 0xFFFFFFFF, "inf": 0x7F807F80, "max": 0x7F7F7F7F, "finite": 0x3F3F3F3F}[self.value]
+
+
+class Place(Enum):
+    """Where bytes lie that a kernel has no right to depend on."""
+
+    OUTPUTS = "outputs"
+    UNUSED_SLOTS = "unused slots"
+    UNREFERENCED_PAGES = "unreferenced pages"
+    WORKSPACE = "workspace"
+    ALLOCATOR_POOL = "allocator pool"
+    SHARED_MEMORY = "shared memory"
+    REGISTERS = "registers"
+
+    @property
+    def in_inputs(self) -> bool:
+        """Whether the caller owns these bytes: dead parts of an input, not hidden state of library or chip."""
+        return self in (Place.UNUSED_SLOTS, Place.UNREFERENCED_PAGES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How much of a place was seen to hold its poison at the start of a worker: share in [0, 1], or why unknown."""
+
+    place: Place
+    share: float | None
+    note: str = ""

@@ -1,0 +1,125 @@
+"""What is kept of a run: frozen, JSON-able, read by every report and written by none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from kerneltest.model.messages import Device, Status
+from kerneltest.model.poison import Coverage
+
+
+class Verdict(Enum):
+    """GREEN: every case passed. RED: a failure. UNCHECKED: it could not run here, and says why."""
+
+    GREEN = "green"
+    RED = "red"
+    UNCHECKED = "unchecked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseRecord:
+    """One executed case. ``text`` is its one-line form; ``used`` the share of the error budget per output."""
+
+    id: str
+    text: str
+    status: Status
+    seconds: float
+    used: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureRecord:
+    """A failure after shrinking. ``case`` is the minimal case as JSON, ``text`` the full failure text.
+
+    ``seconds_to_find`` runs from the first case of the kernel to its first failing one, ``seconds_to_shrink`` from there.
+    """
+
+    kernel: str
+    kind: str
+    culprit: str | None
+    what: str
+    text: str
+    case: Any
+    case_text: str
+    fixture: str | None
+    seconds_to_find: float
+    seconds_to_shrink: float
+    replay: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unchecked:
+    """Something that was not checked, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelRecord:
+    """All of one kernel's hunt. ``unsupported`` counts the refused cases by reason; ``launches`` those of the kernel."""
+
+    name: str
+    suite: str
+    verdict: Verdict
+    seconds: float
+    cases: tuple[CaseRecord, ...] = ()
+    unsupported: Mapping[str, int] = field(default_factory=dict)
+    launches: int = 0
+    failures: tuple[FailureRecord, ...] = ()
+    unchecked: tuple[Unchecked, ...] = ()
+    device: Device | None = None
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    coverage: tuple[Coverage, ...] = ()
+
+    @property
+    def used(self) -> dict[str, float]:
+        """The largest share of the error budget that any passed case used, per output."""
+        most: dict[str, float] = {}
+        for case in self.cases:
+            for output, share in case.used.items():
+                most[output] = max(share, most.get(output, 0.0))
+        return most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A whole run, as the reports get it. ``began`` is UTC in ISO 8601, ``command`` the command line of the run."""
+
+    began: str
+    seconds: float
+    command: str
+    version: str
+    profile: str
+    seed: int | None
+    kernels: tuple[KernelRecord, ...]
+    unchecked: tuple[Unchecked, ...]
+
+    @property
+    def everything_unchecked(self) -> tuple[Unchecked, ...]:
+        """What was not checked: of the run, of its kernels, and the places whose poison could not be proven."""
+        found = [*self.unchecked, *(item for kernel in self.kernels for item in kernel.unchecked)]
+        for place in self.coverage:
+            if place.share is None:
+                found.append(Unchecked(what=f"poison in {place.place.value}", why=place.note))
+            elif place.share < 1:
+                why = f"read-back found {100 * place.share:.4g} % of it"
+                found.append(Unchecked(what=f"poison in {place.place.value}", why=why))
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def coverage(self) -> tuple[Coverage, ...]:
+        """Poison coverage over all workers; two workers that differ are both listed."""
+        return tuple(dict.fromkeys(place for kernel in self.kernels for place in kernel.coverage))
+
+    @property
+    def device(self) -> Device | None:
+        return next((kernel.device for kernel in self.kernels if kernel.device), None)
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        return {name: version for kernel in self.kernels for name, version in kernel.libraries.items()}

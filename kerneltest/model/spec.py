@@ -1,0 +1,161 @@
+"""What a suite declares: operators (what is computed), kernels (who computes it) and the data between them.
+
+Suites are read on both sides of the process boundary, so declarations cost nothing: torch is imported inside the
+functions that they point to, which only the worker calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kerneltest.model.case import Case
+from kerneltest.model.messages import Device
+from kerneltest.model.numerics import Numerics
+from kerneltest.model.poison import Pattern, Place
+
+if TYPE_CHECKING:
+    import torch
+    from hypothesis.strategies import SearchStrategy
+
+    from kerneltest.oracle.budget import ErrorBudget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputStrategy:
+    """How the live bytes are drawn, and the patterns of the poisoned launches: at least two, one answer.
+
+    ``exact_p``: every softmax weight is exactly representable, so rounding it costs no budget.
+    """
+
+    name: str
+    patterns: tuple[Pattern, ...] = (Pattern.NAN, Pattern.FINITE)
+    exact_p: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Upper limits of a drawn case: requests in a batch, query and KV tokens of one request, query heads."""
+
+    batch: int
+    qo_len: int
+    kv_len: int
+    heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadBytes:
+    """Elements of an input that the contract forbids to matter. ``mask`` is boolean and broadcasts from the left."""
+
+    place: Place
+    tensor: str
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSpec:
+    """Shape and dtype (torch's name, such as ``bfloat16``) that an output must have."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Materials:
+    """The tensors of a case on the host, built from its seed alone. Metadata (such as page tables) counts as input."""
+
+    inputs: Mapping[str, torch.Tensor]
+    dead: tuple[DeadBytes, ...]
+    outputs: Mapping[str, OutputSpec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a kernel's ``plan`` and ``launch`` are given: one case on the device, its buffers poisoned.
+
+    ``outputs`` are buffers of the right shape that a kernel may write to and return; one that allocates its own
+    returns those. ``workspace(nbytes)`` gives uint8 scratch memory whose contents are arbitrary. ``plan`` holds what the
+    kernel's ``plan`` returned.
+    """
+
+    case: Case[Any]
+    device: Device
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Mapping[str, torch.Tensor]
+    workspace: Callable[[int], torch.Tensor]
+    plan: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """WHAT is computed.
+
+    ``axes``: the frozen dataclass of its cases. ``cases(size)``: the Hypothesis strategy that draws them. ``inputs``:
+    its input strategies. ``materialize(case)``: the host tensors. ``reference(case, inputs, device)``: float64
+    values and the terms of the error budget, from the host tensors, computed on that torch device.
+    ``budget(case, terms, numerics, strategy)``: a budget for each output that can be judged.
+    ``locate(case, output, index)``: an index in the words of the domain, such as "request 3, token 17, head 2, dim 5".
+    """
+
+    name: str
+    axes: type[Any]
+    inputs: tuple[InputStrategy, ...]
+    cases: Callable[[Size], SearchStrategy[Case[Any]]]
+    materialize: Callable[[Case[Any]], Materials]
+    reference: Callable[[Case[Any], Mapping[str, torch.Tensor], str], Any]
+    budget: Callable[[Case[Any], Any, Numerics, InputStrategy], Mapping[str, ErrorBudget]]
+    locate: Callable[[Case[Any], str, tuple[int, ...]], str]
+
+    def strategy(self, name: str) -> InputStrategy:
+        """The input strategy of that name; raises ValueError that lists the valid ones."""
+        for strategy in self.inputs:
+            if strategy.name == name:
+                return strategy
+        valid = ", ".join(s.name for s in self.inputs)
+        raise ValueError(f"{self.name} has no input strategy {name!r}; valid: {valid}")
+
+
+def _supports_all(case: Case[Any], device: Device) -> str | None:
+    return None
+
+
+def _one_specialisation(case: Case[Any]) -> str:
+    return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """WHO computes it.
+
+    ``launch(call)`` returns the outputs by name, without synchronising; ``returns`` names those it has, if not all.
+    ``plan(call)``, where there is one, does the host work before it: on-chip state is poisoned between the two.
+    ``unsupported(case, device)`` returns the reason why a case is outside
+    the domain, or None. ``devices``, ``library`` and ``min_sm`` say what must be there at all. ``deterministic`` is a
+    promise of equal bits for equal inputs. ``specialisation(case)`` names what is compiled at first use, so that a
+    compiler's minutes are not taken for a hang.
+    """
+
+    name: str
+    operator: Operator
+    launch: Callable[[Call], Mapping[str, torch.Tensor]]
+    numerics: Callable[[Case[Any], Device], Numerics]
+    plan: Callable[[Call], Any] | None = None
+    unsupported: Callable[[Case[Any], Device], str | None] = _supports_all
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    library: str | None = None
+    returns: tuple[str, ...] | None = None
+    min_sm: tuple[int, int] = (0, 0)
+    deterministic: bool = True
+    specialisation: Callable[[Case[Any]], str] = field(default=_one_specialisation)
+
+    def unmet(self, device: Device, missing: Mapping[str, str]) -> str | None:
+        """Why the kernel cannot run here at all, or None. ``missing``: libraries that do not import, and why."""
+        if device.kind not in self.devices:
+            return f"needs a {' or '.join(self.devices)} device, this is {device.kind}"
+        if device.kind == "cuda" and device.sm < self.min_sm:
+            need, have = (".".join(map(str, sm)) for sm in (self.min_sm, device.sm))
+            return f"needs compute capability {need}, this is {have}"
+        if self.library in missing:
+            return f"the library {self.library} cannot be imported: {missing[self.library]}"
+        return None

@@ -1,0 +1,1 @@
+"""The verdict: tensors in, comparison out. Knows no device and no process."""

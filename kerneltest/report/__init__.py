@@ -1,0 +1,1 @@
+"""Reports: they listen, and write what they heard. Nothing here decides anything."""

@@ -1,0 +1,94 @@
+"""Collect the records of a run as pytest reports them, and hand them to the writers at its end."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+import kerneltest
+from kerneltest.model import KernelRecord, RunRecord, Unchecked, decode
+
+DEFAULT_REPORT = Path("reports") / "kerneltest.html"
+
+
+class ReportListener:
+    """Registered with pytest in the controlling process, also under pytest-xdist."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._start = time.monotonic()
+        self._kernels: list[KernelRecord] = []
+        self._unchecked: list[Unchecked] = []
+
+    def pytest_report_header(self) -> list[str]:
+        option = self._config.option
+        return [f"kerneltest: profile {option.kernel_profile}, device {option.kernel_device}, seed {option.kernel_seed}"]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = getattr(report, "kerneltest", None)
+        if data is not None:
+            self._kernels.append(decode(KernelRecord, data))
+        elif report.failed:
+            reason = str(report.longrepr).strip()
+            self._unchecked.append(Unchecked(what=report.nodeid, why=reason))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._config.option.collectonly:
+            return
+        run = self.run()
+        terminalreporter.section("kerneltest")
+        for line in _lines(run):
+            terminalreporter.write_line(line)
+        for what, path in self._write(run):
+            terminalreporter.write_line(f"{what}: {path}")
+
+    def run(self) -> RunRecord:
+        """What was heard so far."""
+        option = self._config.option
+        return RunRecord(
+            began=self._began,
+            seconds=time.monotonic() - self._start,
+            command=shlex.join(["pytest", *self._config.invocation_params.args]),
+            version=kerneltest.__version__,
+            profile=option.kernel_profile,
+            seed=option.kernel_seed,
+            kernels=tuple(self._kernels),
+            unchecked=tuple(self._unchecked),
+        )
+
+    def _write(self, run: RunRecord) -> list[tuple[str, Path]]:
+        from kerneltest.report.html import html
+        from kerneltest.report.summary import summary
+
+        option = self._config.option
+        report = Path(option.kernel_report or self._config.rootpath / DEFAULT_REPORT)
+        written = [("report", _write(report, html(run)))]
+        if option.kernel_json:
+            written.append(("summary", _write(Path(option.kernel_json), summary(run))))
+        return written
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _lines(run: RunRecord) -> list[str]:
+    lines = []
+    for kernel in run.kernels:
+        used = ", ".join(f"{output} {share:.2f}" for output, share in kernel.used.items()) or "-"
+        refused = sum(kernel.unsupported.values())
+        lines.append(
+            f"{kernel.verdict.value:9} {kernel.name}: {len(kernel.cases)} cases, {refused} unsupported, "
+            f"budget used {used}, {kernel.seconds:.1f} s"
+        )
+    for place in run.coverage:
+        if place.share is not None:
+            lines.append(f"poison    {place.place.value}: {100 * place.share:.4g} % proven ({place.note})")
+    return lines + [f"unchecked {item.what}: {item.why.splitlines()[0]}" for item in run.everything_unchecked]

@@ -1,0 +1,61 @@
+"""The summary for machines: JSON with a versioned schema, documented in docs/summary.md."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kerneltest.model import RunRecord, encode
+
+SCHEMA = "kerneltest.summary/1"
+
+
+def summary(run: RunRecord) -> str:
+    """The run as JSON text."""
+    return json.dumps(as_dict(run), indent=2) + "\n"
+
+
+def as_dict(run: RunRecord) -> dict[str, Any]:
+    """The run in the form of the schema. Single cases are left out: they are in the HTML report."""
+    return {
+        "schema": SCHEMA,
+        "version": run.version,
+        "command": run.command,
+        "began": run.began,
+        "profile": run.profile,
+        "seed": run.seed,
+        "device": encode(run.device),
+        "libraries": run.libraries,
+        "coverage": encode(run.coverage),
+        "seconds": round(run.seconds, 3),
+        "cases": sum(len(kernel.cases) for kernel in run.kernels),
+        "kernels": [
+            {
+                "name": kernel.name,
+                "suite": kernel.suite,
+                "cases": len(kernel.cases),
+                "unsupported": sum(kernel.unsupported.values()),
+                "launches": kernel.launches,
+                "used": {output: round(share, 4) for output, share in kernel.used.items()},
+                "verdict": kernel.verdict.value,
+                "seconds": round(kernel.seconds, 3),
+            }
+            for kernel in run.kernels
+        ],
+        "failures": [
+            {
+                "kernel": failure.kernel,
+                "kind": failure.kind,
+                "culprit": failure.culprit,
+                "what": failure.what,
+                "case": failure.case,
+                "fixture": failure.fixture,
+                "replay": failure.replay,
+                "seconds_to_find": round(failure.seconds_to_find, 3),
+                "seconds_to_shrink": round(failure.seconds_to_shrink, 3),
+            }
+            for kernel in run.kernels
+            for failure in kernel.failures
+        ],
+        "unchecked": encode(run.everything_unchecked),
+    }

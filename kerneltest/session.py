@@ -1,0 +1,183 @@
+"""One run of the plugin: its options, its worker, and from a kernel to a record. Knows nothing of pytest's nodes."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kerneltest import discovery
+from kerneltest.engine import repro
+from kerneltest.engine.hunt import Target, Trail, hunt, replay
+from kerneltest.engine.pool import InProcess, Runner, WorkerPool
+from kerneltest.engine.profile import Profile
+from kerneltest.engine.text import failure_text, nothing_checked_text
+from kerneltest.model import (
+    FAILURES,
+    Case,
+    Failure,
+    FailureRecord,
+    Finding,
+    Kernel,
+    KernelRecord,
+    NothingChecked,
+    Start,
+    Started,
+    Unchecked,
+    Verdict,
+    encode,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The command line, parsed and valid. ``roots``: folders of suites; ``fixtures``: where found bugs are written."""
+
+    suites: tuple[str, ...]
+    profile: Profile
+    device: str
+    libraries: Mapping[str, Path]
+    isolation: str
+    seed: int
+    roots: tuple[Path, ...]
+    fixtures: Path
+    root: Path
+
+
+class Session:
+    """Holds the worker, from the first kernel that needs one until :meth:`close`."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._runner: Runner | None = None
+        discovery.use_roots(options.roots)
+
+    @property
+    def runner(self) -> Runner:
+        if self._runner is None:
+            start = Start(
+                device=self.options.device,
+                suite_roots=tuple(str(root) for root in self.options.roots),
+                libraries=self.libraries,
+            )
+            cls = InProcess if self.options.isolation == "inprocess" else WorkerPool
+            self._runner = cls(start, self.options.libraries)
+        return self._runner
+
+    @cached_property
+    def libraries(self) -> tuple[str, ...]:
+        """Every library that some kernel of these suites asks for."""
+        found = set()
+        for root in self.options.roots:
+            for path in discovery.suite_files(root):
+                try:
+                    found.update(kernel.library for kernel in discovery.load_kernels(path).values())
+                except Exception:  # a broken suite file has an item of its own that says so
+                    continue
+        return tuple(sorted(library for library in found if library))
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def hunt(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
+        """Hunt one kernel; the failure, if any, is written to ``fixtures`` as well."""
+        kernel, started = target.kernel, self.runner.started
+        if reason := _unmet(kernel, started):
+            return self._record(suite, kernel, unchecked=(Unchecked(what=kernel.name, why=reason),)), None
+        trail = hunt(target, self.runner, self.options.profile, self._seed(kernel))
+        if not trail.cases:
+            finding = Finding(kind="NothingChecked", kernel=kernel.name, key="", what="no drawn case is supported")
+            failure: Failure = NothingChecked(finding, nothing_checked_text(kernel.name, trail, started))
+            return self._record(suite, kernel, trail, failure), failure
+        if trail.caught is None:
+            return self._record(suite, kernel, trail), None
+        path = repro.write(self.options.fixtures, suite, trail.caught, started)
+        return self._caught(suite, kernel, trail, path)
+
+    def replay(self, suite: str, target: Target, case: Case[Any], path: Path) -> tuple[KernelRecord, Failure | None]:
+        """Run the case of a fixture; green means that the bug is gone."""
+        kernel = target.kernel
+        if reason := _unmet(kernel, self.runner.started):
+            return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=reason),)), None
+        trail = replay(target, self.runner, self.options.profile, case)
+        if trail.caught is not None:
+            return self._caught(suite, kernel, trail, path)
+        unchecked = tuple(Unchecked(what=self._shown(path), why=f"unsupported: {reason}") for reason in trail.unsupported)
+        return self._record(suite, kernel, trail, unchecked=unchecked), None
+
+    def _caught(self, suite: str, kernel: Kernel, trail: Trail, path: Path) -> tuple[KernelRecord, Failure]:
+        assert trail.caught is not None
+        command = self._replay_command(path)
+        text = failure_text(trail.caught, self.runner.started, command, len(trail.cases))
+        failure = FAILURES[trail.caught.finding.kind](trail.caught.finding, text)
+        return self._record(suite, kernel, trail, failure, self._shown(path), command), failure
+
+    def _record(
+        self,
+        suite: str,
+        kernel: Kernel,
+        trail: Trail | None = None,
+        failure: Failure | None = None,
+        fixture: str | None = None,
+        command: str = "",
+        unchecked: tuple[Unchecked, ...] = (),
+    ) -> KernelRecord:
+        started = self.runner.started
+        failures: tuple[FailureRecord, ...] = ()
+        if failure is not None:
+            caught = trail.caught if trail else None
+            failures = (
+                FailureRecord(
+                    kernel=kernel.name,
+                    kind=failure.finding.kind,
+                    culprit=failure.finding.culprit,
+                    what=failure.finding.what,
+                    text=str(failure),
+                    case=encode(caught.case) if caught else None,
+                    case_text=str(caught.case) if caught else "",
+                    fixture=fixture,
+                    seconds_to_find=caught.seconds_to_find if caught else 0.0,
+                    seconds_to_shrink=caught.seconds_to_shrink if caught else 0.0,
+                    replay=command,
+                ),
+            )
+        ran = trail is not None and bool(trail.cases)
+        return KernelRecord(
+            name=kernel.name,
+            suite=suite,
+            verdict=Verdict.RED if failure else Verdict.GREEN if ran else Verdict.UNCHECKED,
+            seconds=trail.seconds if trail else 0.0,
+            cases=trail.cases if trail else (),
+            unsupported=trail.unsupported if trail else {},
+            launches=trail.launches if trail else 0,
+            failures=failures,
+            unchecked=(*(trail.unchecked if trail else ()), *unchecked),
+            device=started.device,
+            libraries=started.libraries,
+            coverage=started.coverage,
+        )
+
+    def _seed(self, kernel: Kernel) -> int:
+        """Every kernel draws cases of its own: two kernels of a run together see twice as many."""
+        return int.from_bytes(hashlib.sha256(f"{self.options.seed}/{kernel.name}".encode()).digest()[:8])
+
+    def _shown(self, path: Path) -> str:
+        return str(path.relative_to(self.options.root) if path.is_relative_to(self.options.root) else path)
+
+    def _replay_command(self, path: Path) -> str:
+        words = ["pytest", self._shown(path)]
+        words += [f"--kernel-library={name}={folder}" for name, folder in self.options.libraries.items()]
+        if self.options.device != "auto":
+            words.append(f"--kernel-device={self.options.device}")
+        return shlex.join(words)
+
+
+def _unmet(kernel: Kernel, started: Started) -> str | None:
+    assert started.device is not None
+    return kernel.unmet(started.device, started.missing)

@@ -1,0 +1,209 @@
+"""The checks: each a function from an execution to a finding or nothing, in the order in which they mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+
+from kerneltest.model import Finding, Pattern, Place
+from kerneltest.oracle.compare import Comparison, compare
+from kerneltest.worker.execute import Execution, Observation
+from kerneltest.worker.poison import as_bits, holds
+
+
+def judge(execution: Execution) -> tuple[Finding | None, dict[str, float]]:
+    """The first finding, or None with the largest share of the error budget that each output used."""
+    for check in CHECKS:
+        if finding := check(execution):
+            return finding, {}
+    return None, {name: comparison.used for name, comparison in _compare_all(execution, execution.observations[0])}
+
+
+def outputs_have_the_right_form(execution: Execution) -> Finding | None:
+    for seen in execution.observations:
+        if seen.problem:
+            return _finding(execution, "WrongOutput", key="form", what=seen.problem)
+    return None
+
+
+def inputs_are_intact(execution: Execution) -> Finding | None:
+    for seen in execution.observations:
+        if seen.mutated:
+            names = ", ".join(seen.mutated)
+            return _finding(execution, "InputMutated", key=names, what=f"the launch changed its input {names}")
+    return None
+
+
+def outputs_are_written(execution: Execution) -> Finding | None:
+    """An element that equals the fill of its buffer under every pattern was never written."""
+    for name in execution.observations[0].outputs:
+        kept = torch.stack([holds(seen.outputs[name], _fill(seen)) for seen in execution.observations]).all(0)
+        if bool(kept.any()):
+            first = _first(kept)
+            return _finding(
+                execution,
+                "Unwritten",
+                key=name,
+                what=f"{name}: {_share(kept)} were not written",
+                details=(f"first at {_locate(execution, name, first)}",),
+                culprit=Place.OUTPUTS.value,
+            )
+    return None
+
+
+def answer_is_independent_of_poison(execution: Execution) -> Finding | None:
+    """Two poisons, one answer: needs no reference and no tolerance, so finite stale data shows as well."""
+    benign = execution.observations[-1]
+    for seen in execution.observations[:-1]:
+        name, differs = _difference(execution, seen, benign)
+        if name is None or differs is None:
+            continue
+        if execution.kernel.deterministic:
+            again = execution.observe(benign.plan)
+            moved_name, moved = _difference(execution, again, benign)
+            if moved_name is not None and moved is not None:
+                return _finding(
+                    execution,
+                    "Nondeterministic",
+                    key=moved_name,
+                    what=f"{moved_name}: {_share(moved)} differ between two identical launches",
+                    details=(_two_values(execution, moved_name, _first(moved), again, benign),),
+                )
+        culprits = _culprits(execution, seen, benign)
+        return _depends_on(execution, name, differs, seen, benign, culprits)
+    return None
+
+
+def outputs_lie_within_budget(execution: Execution) -> Finding | None:
+    """Tier T0, where it is finite, and T1, the hard interval, against the float64 reference."""
+    for name, result in _compare_all(execution, execution.observations[0]):
+        if result.ok or result.first is None or result.worst is None:
+            continue
+        if result.nonfinite:
+            return _finding(
+                execution,
+                "NonFinite",
+                key=name,
+                what=f"{name}: {_count(result.nonfinite, result.total)} differ from the reference in being finite",
+                details=(
+                    f"first at {_locate(execution, name, result.first)}: got {result.actual:g}, "
+                    f"reference {result.expected:.6g}",
+                ),
+            )
+        return _finding(
+            execution,
+            "Mismatch",
+            key=name,
+            what=f"{name}: {_count(result.outside, result.total)} lie outside their error budget",
+            details=(
+                f"first at {_locate(execution, name, result.first)}",
+                f"worst at {_locate(execution, name, result.worst)}: got {result.actual:.9g}, reference "
+                f"{result.expected:.9g}, |error| {abs(result.actual - result.expected):.3g}, bound {result.bound:.3g} "
+                f"({result.used:.3g} times what is allowed, rounding included)",
+            ),
+        )
+    return None
+
+
+CHECKS: tuple[Callable[[Execution], Finding | None], ...] = (
+    outputs_have_the_right_form,
+    inputs_are_intact,
+    outputs_are_written,
+    answer_is_independent_of_poison,
+    outputs_lie_within_budget,
+)
+
+
+def _compare_all(execution: Execution, seen: Observation) -> Iterable[tuple[str, Comparison]]:
+    for name, value in seen.outputs.items():
+        if name in execution.budgets:
+            yield name, compare(value, execution.budgets[name])
+
+
+def _difference(
+    execution: Execution, one: Observation, other: Observation
+) -> tuple[str, torch.Tensor] | tuple[None, None]:
+    """The first output whose bits differ, and where. Two NaNs are equal, whatever their payload."""
+    for name, a in one.outputs.items():
+        b = other.outputs[name]
+        differs = (as_bits(a) != as_bits(b)) & ~(a.isnan() & b.isnan())
+        if not execution.kernel.deterministic and name in execution.budgets:
+            # Without a promise of equal bits, only leaving the budget under one of the poisons counts.
+            differs &= _outside(execution, name, a) ^ _outside(execution, name, b)
+        if bool(differs.any()):
+            return name, differs
+    return None, None
+
+
+def _outside(execution: Execution, name: str, value: torch.Tensor) -> torch.Tensor:
+    low, high = (bound.cpu() for bound in execution.budgets[name].interval())
+    return ~((low <= value.double()) & (value.double() <= high))
+
+
+def _culprits(execution: Execution, seen: Observation, benign: Observation) -> list[Place]:
+    """The places that change the answer all by themselves; if none does, all of them together."""
+    alone = []
+    for place in execution.places:
+        launched = execution.observe({**benign.plan, place: seen.plan[place]})
+        if _difference(execution, launched, benign)[0] is not None:
+            alone.append(place)
+    return alone
+
+
+def _depends_on(
+    execution: Execution,
+    name: str,
+    differs: torch.Tensor,
+    seen: Observation,
+    benign: Observation,
+    culprits: list[Place],
+) -> Finding:
+    first = _first(differs)
+    culprit = " and ".join(place.value for place in culprits) or "several places together"
+    patterns = f"{_fill(seen).value} and {_fill(benign).value}"
+    dead_input = bool(culprits) and all(place.in_inputs for place in culprits)
+    finite = bool(seen.outputs[name][differs].isfinite().all())
+    return _finding(
+        execution,
+        # Garbage in the dead part of an input is the caller's right: what comes of it is judged as an answer.
+        # Any other place is hidden state, and to depend on it at all is the bug.
+        "NonFinite" if dead_input and not finite else "StaleState",
+        key=culprit,
+        what=f"{name}: {_share(differs)} depend on what the {culprit} held before the launch",
+        details=(
+            f"the same inputs were run with {patterns} in the {culprit}",
+            _two_values(execution, name, first, seen, benign),
+        ),
+        culprit=culprit,
+    )
+
+
+def _two_values(execution: Execution, name: str, index: tuple[int, ...], one: Observation, other: Observation) -> str:
+    a, b = float(one.outputs[name][index]), float(other.outputs[name][index])
+    return f"first at {_locate(execution, name, index)}: {a:.9g} in one launch, {b:.9g} in the other"
+
+
+def _finding(execution: Execution, kind: str, *, key: str, what: str, **more: object) -> Finding:
+    return replace(Finding(kind=kind, kernel=execution.kernel.name, key=key, what=what), **more)  # type: ignore[arg-type]
+
+
+def _fill(seen: Observation) -> Pattern:
+    return seen.plan[Place.OUTPUTS]
+
+
+def _first(mask: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in mask.nonzero()[0])
+
+
+def _share(mask: torch.Tensor) -> str:
+    return _count(int(mask.sum()), mask.numel())
+
+
+def _count(count: int, total: int) -> str:
+    return f"{count} of {total} elements ({100 * count / total:.3g} %)"
+
+
+def _locate(execution: Execution, name: str, index: tuple[int, ...]) -> str:
+    return execution.kernel.operator.locate(execution.case, name, index)

@@ -1,0 +1,70 @@
+"""The only door to ``torch.cuda``."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from kerneltest.model import Device
+
+
+class NoDevice(RuntimeError):
+    """The device that was asked for is not here; the message says what is."""
+
+
+def open_device(name: str) -> Device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to a device in use. Raises :class:`NoDevice`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return Device(kind="cpu", ordinal=0, name=_cpu_name(), sm=(0, 0), units=os.cpu_count() or 1)
+    ordinal = int(name.partition(":")[2] or 0)
+    if not torch.cuda.is_available():
+        raise NoDevice(f"{name} was asked for, but this machine has no CUDA device that torch {torch.__version__} can use")
+    if ordinal >= torch.cuda.device_count():
+        raise NoDevice(f"{name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(ordinal)
+    properties = torch.cuda.get_device_properties(ordinal)
+    return Device(
+        kind="cuda",
+        ordinal=ordinal,
+        name=properties.name,
+        sm=(properties.major, properties.minor),
+        units=properties.multi_processor_count,
+    )
+
+
+def synchronize(device: Device) -> None:
+    """Wait for the device; raises what an earlier launch did wrong."""
+    if device.kind == "cuda":
+        torch.cuda.synchronize(device.ordinal)
+
+
+def stream(device: Device) -> int:
+    """The raw handle of the stream that torch launches on."""
+    return int(torch.cuda.current_stream(device.ordinal).cuda_stream)
+
+
+def context_is_lost(device: Device) -> bool:
+    """Whether the device no longer answers: after an illegal address every later call fails too."""
+    if device.kind != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device.ordinal)
+        torch.zeros(1, device=device.torch_name).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,117 @@
+"""FlashInfer's ``BatchPrefillWithPagedKVCacheWrapper``, backends fa2 and fa3, from release 0.2.5 on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from kerneltest.model import BF16, FP16, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
+
+from .paged_prefill import PagedPrefill, paged_prefill
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = {"bfloat16": BF16, "float16": FP16}
+# The size that FlashInfer's documentation recommends.
+WORKSPACE_BYTES = 128 << 20
+
+
+def planner(backend: str) -> Callable[[Call], Any]:
+    """A ``plan`` that makes a wrapper of its own for every launch, on a workspace of arbitrary contents."""
+
+    def plan(call: Call) -> Any:
+        import torch
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        axes, x = call.case.axes, call.inputs
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(call.workspace(WORKSPACE_BYTES), "NHD", backend=backend)
+        wrapper.plan(
+            x["qo_indptr"],
+            x["kv_indptr"],
+            x["kv_indices"],
+            x["kv_last_page_len"],
+            axes.q_heads,
+            axes.kv_heads,
+            axes.head_dim,
+            axes.page_size,
+            causal=axes.causal,
+            sm_scale=axes.sm_scale,
+            q_data_type=getattr(torch, axes.dtype),
+            kv_data_type=getattr(torch, axes.dtype),
+        )
+        return wrapper
+
+    return plan
+
+
+def launch(call: Call) -> dict[str, torch.Tensor]:
+    """Run the planned wrapper into the caller's own buffers."""
+    x, outputs = call.inputs, call.outputs
+    out, lse = call.plan.run(
+        x["q"], (x["k_pages"], x["v_pages"]), out=outputs["out"], lse=outputs["lse"], return_lse=True
+    )
+    return {"out": out, "lse": lse}
+
+
+def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
+    """Told by what the imported release offers, not by its number."""
+    if case.axes.dtype not in FORMATS:
+        return f"FlashInfer's prefill has no {case.axes.dtype} kernels"
+    missing = {"out", "lse", "return_lse"} - _run_parameters()
+    if missing:
+        return f"this release's run() has no parameter {', '.join(sorted(missing))}"
+    return None
+
+
+def fa2_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
+    """P is cast to the 16-bit format before P·V *and* before the sum of the denominator; lse is in base 2."""
+    fmt = FORMATS[case.axes.dtype]
+    return Numerics(qk=WGMMA_16BIT, pv=WGMMA_16BIT, p=fmt, out=fmt, l_from="rounded_p", lse_base="2")
+
+
+def fa3_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
+    """The denominator sums P in fp32; P is cast to the 16-bit format for P·V alone; lse is in base 2."""
+    fmt = FORMATS[case.axes.dtype]
+    return Numerics(qk=WGMMA_16BIT, pv=WGMMA_16BIT, p=fmt, out=fmt, lse_base="2")
+
+
+def specialisation(case: Case[PagedPrefill]) -> str:
+    """What a module is compiled for at first use."""
+    return f"{case.axes.dtype}-d{case.axes.head_dim}"
+
+
+@cache
+def _run_parameters() -> frozenset[str]:
+    import inspect
+
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    return frozenset(inspect.signature(BatchPrefillWithPagedKVCacheWrapper.run).parameters)
+
+
+fa2 = Kernel(
+    name="flashinfer.paged_prefill[fa2]",
+    operator=paged_prefill,
+    plan=planner("fa2"),
+    launch=launch,
+    numerics=fa2_numerics,
+    unsupported=unsupported,
+    specialisation=specialisation,
+    devices=("cuda",),
+    library="flashinfer",
+    min_sm=(8, 0),
+)
+fa3 = Kernel(
+    name="flashinfer.paged_prefill[fa3]",
+    operator=paged_prefill,
+    plan=planner("fa3"),
+    launch=launch,
+    numerics=fa3_numerics,
+    unsupported=unsupported,
+    specialisation=specialisation,
+    devices=("cuda",),
+    library="flashinfer",
+    min_sm=(9, 0),
+)

@@ -1,0 +1,251 @@
+"""The operator ``paged_prefill``: a batch of prefill or append requests attends to a paged KV cache.
+
+Layout NHD. Semantics: query i of a request of ``qo_len`` queries and ``kv_len`` keys sees key j iff, when ``causal``,
+j <= i + kv_len - qo_len (aligned at the bottom right). A row that sees no key has out = 0 and lse = -Inf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from kerneltest.model import (
+    Case,
+    DeadBytes,
+    InputStrategy,
+    Materials,
+    Numerics,
+    Operator,
+    OutputSpec,
+    Pattern,
+    Place,
+    Size,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from hypothesis import strategies as st
+
+    from kerneltest.oracle.attention import AttentionTerms
+    from kerneltest.oracle.budget import ErrorBudget
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+# The most common specialisation comes first: that is where shrinking ends, in a kernel that everybody has compiled.
+HEAD_DIMS = (128, 64, 256)
+GROUPS = (1, 2, 4, 7, 8)
+KV_HEADS = (1, 2, 4)
+PAGE_SIZES = (1, 4, 16, 64)
+TILES = (64, 128)
+MAX_SPARE_PAGES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Query and KV tokens of one request; either may be 0."""
+
+    qo_len: int
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        if self.qo_len < 0 or self.kv_len < 0:
+            raise ValueError(f"lengths must be at least 0, got {self.qo_len} and {self.kv_len}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedPrefill:
+    """Axes of a case. ``group`` query heads share a KV head; ``spare_pages`` lie in the cache and belong to nobody.
+
+    ``shuffled``: physical pages in random order, so that a request's pages are neither contiguous nor ascending.
+    """
+
+    requests: tuple[Request, ...]
+    dtype: str
+    head_dim: int
+    kv_heads: int
+    group: int
+    page_size: int
+    causal: bool
+    shuffled: bool
+    spare_pages: int
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "kv_heads", "group", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not self.requests:
+            raise ValueError("requests must not be empty")
+        if self.spare_pages < 0:
+            raise ValueError(f"spare_pages must be at least 0, got {self.spare_pages}")
+
+    @property
+    def q_heads(self) -> int:
+        return self.kv_heads * self.group
+
+    @property
+    def total_qo(self) -> int:
+        return sum(request.qo_len for request in self.requests)
+
+    @property
+    def sm_scale(self) -> float:
+        return 1.0 / math.sqrt(self.head_dim)
+
+    def pages(self, request: Request) -> int:
+        """Pages that the request references."""
+        return -(-request.kv_len // self.page_size)
+
+
+def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
+    """Draw cases up to ``size``; the simplest is one request with one query and no spare pages."""
+    from hypothesis import strategies as st
+
+    from kerneltest.strategies import edges
+
+    @st.composite
+    def draw_case(draw: st.DrawFn) -> Case[PagedPrefill]:
+        page_size = draw(st.sampled_from(PAGE_SIZES))
+        qo_len = edges(size.qo_len, *TILES)
+        # A prefill of the whole prompt (as many queries as keys) is the commonest request, so it gets a branch of its own.
+        length = edges(min(size.qo_len, size.kv_len), page_size, *TILES)
+        request = st.builds(Request, qo_len=qo_len, kv_len=edges(size.kv_len, page_size, *TILES)) | st.builds(
+            lambda n: Request(qo_len=n, kv_len=n), length
+        )
+        requests = draw(
+            st.lists(request, min_size=1, max_size=size.batch).filter(lambda rs: any(r.qo_len for r in rs))
+        )
+        group = draw(st.sampled_from([g for g in GROUPS if g <= size.heads]))
+        axes = PagedPrefill(
+            requests=tuple(requests),
+            dtype=draw(st.sampled_from(DTYPES)),
+            head_dim=draw(st.sampled_from(HEAD_DIMS)),
+            kv_heads=draw(st.sampled_from([h for h in KV_HEADS if h * group <= size.heads])),
+            group=group,
+            page_size=page_size,
+            causal=draw(st.booleans()),
+            shuffled=draw(st.booleans()),
+            spare_pages=draw(st.integers(0, MAX_SPARE_PAGES)),
+        )
+        inputs = draw(st.sampled_from([strategy.name for strategy in INPUTS]))
+        return Case(operator="paged_prefill", axes=axes, inputs=inputs, seed=draw(st.integers(0, 2**32 - 1)))
+
+    return draw_case()
+
+
+def materialize(case: Case[PagedPrefill]) -> Materials:
+    """Host tensors, all of them from ``case.seed``:
+
+    ``q`` [total_qo, q_heads, d]; ``k_pages``, ``v_pages`` [pages, page_size, kv_heads, d]; int32 ``qo_indptr``,
+    ``kv_indptr`` [batch + 1] (the latter counts pages), ``kv_indices`` [referenced pages] and
+    ``kv_last_page_len`` [batch], which is 0 for a request without keys.
+    """
+    import torch
+
+    axes = case.axes
+    random = torch.Generator().manual_seed(case.seed)
+    dtype = getattr(torch, axes.dtype)
+    counts = [axes.pages(request) for request in axes.requests]
+    referenced = sum(counts)
+    # At least one page, because a cache of none is not a cache.
+    total = max(referenced + axes.spare_pages, 1)
+    order = torch.randperm(total, generator=random) if axes.shuffled else torch.arange(total)
+    indices = order[:referenced]
+    live = torch.zeros(total, axes.page_size, dtype=torch.bool)
+    position = torch.zeros(total, axes.page_size, dtype=torch.long)
+    first = 0
+    for request, count in zip(axes.requests, counts, strict=True):
+        slots = torch.arange(count * axes.page_size).view(count, axes.page_size)
+        pages = indices[first : first + count]
+        live[pages], position[pages] = slots < request.kv_len, slots
+        first += count
+    cache = (total, axes.page_size, axes.kv_heads, axes.head_dim)
+    q = torch.randn(axes.total_qo, axes.q_heads, axes.head_dim, generator=random).to(dtype)
+    k = torch.randn(cache, generator=random).to(dtype)
+    v = torch.randn(cache, generator=random).to(dtype)
+    if case.inputs == "count":
+        # q = 0 makes every weight exactly 1; one-hot values then count how often each slot was seen.
+        q.zero_()
+        dim = (position.unsqueeze(-1) + torch.arange(axes.kv_heads)) % axes.head_dim
+        v = torch.nn.functional.one_hot(dim, axes.head_dim).to(dtype)
+    in_use = torch.zeros(total, dtype=torch.bool)
+    in_use[indices] = True
+    dead = [
+        (Place.UNUSED_SLOTS, in_use.unsqueeze(-1) & ~live),
+        (Place.UNREFERENCED_PAGES, ~in_use.unsqueeze(-1) & ~live),
+    ]
+    last = [0 if r.kv_len == 0 else (r.kv_len - 1) % axes.page_size + 1 for r in axes.requests]
+    return Materials(
+        inputs={
+            "q": q,
+            "k_pages": k,
+            "v_pages": v,
+            "qo_indptr": _indptr([request.qo_len for request in axes.requests]),
+            "kv_indptr": _indptr(counts),
+            "kv_indices": indices.to(torch.int32),
+            "kv_last_page_len": torch.tensor(last, dtype=torch.int32),
+        },
+        dead=tuple(
+            DeadBytes(place=place, tensor=tensor, mask=mask)
+            for place, mask in dead
+            for tensor in ("k_pages", "v_pages")
+            if bool(mask.any())
+        ),
+        outputs={
+            "out": OutputSpec(shape=(axes.total_qo, axes.q_heads, axes.head_dim), dtype=axes.dtype),
+            "lse": OutputSpec(shape=(axes.total_qo, axes.q_heads), dtype="float32"),
+        },
+    )
+
+
+def _indptr(lengths: list[int]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+def reference(case: Case[PagedPrefill], inputs: Mapping[str, torch.Tensor], device: str) -> AttentionTerms:
+    """Float64 values and budget terms; see :mod:`.reference`."""
+    from .reference import paged_attention_terms
+
+    return paged_attention_terms(inputs, causal=case.axes.causal, sm_scale=case.axes.sm_scale, device=device)
+
+
+def budget(
+    case: Case[PagedPrefill], terms: AttentionTerms, numerics: Numerics, strategy: InputStrategy
+) -> Mapping[str, ErrorBudget]:
+    """The hard budgets of ``out`` and ``lse``."""
+    from kerneltest.oracle.attention import attention_budget
+
+    return attention_budget(terms, numerics, head_dim=case.axes.head_dim, exact_p=strategy.exact_p)
+
+
+def locate(case: Case[PagedPrefill], output: str, index: tuple[int, ...]) -> str:
+    """ "request 3, token 17, head 2, dim 5" for an index into ``out``; ``lse`` has no dim."""
+    row = index[0]
+    for number, request in enumerate(case.axes.requests):
+        if row < request.qo_len:
+            place = f"request {number}, token {row}, head {index[1]}"
+            return place if output == "lse" else f"{place}, dim {index[2]}"
+        row -= request.qo_len
+    raise IndexError(f"{output} has no row {index[0]}")
+
+
+INPUTS = (
+    InputStrategy(name="generic"),
+    InputStrategy(name="count", exact_p=True),
+    InputStrategy(name="poison", patterns=(Pattern.NAN, Pattern.INF, Pattern.MAX)),
+)
+
+paged_prefill = Operator(
+    name="paged_prefill",
+    axes=PagedPrefill,
+    inputs=INPUTS,
+    cases=cases,
+    materialize=materialize,
+    reference=reference,
+    budget=budget,
+    locate=locate,
+)

@@ -1,0 +1,81 @@
+"""torch's ``scaled_dot_product_attention`` on pages gathered into one dense tensor for each request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kerneltest.model import Call, Case, Device, Kernel, Numerics
+from kerneltest.model.numerics import BF16, EX2_APPROX, FP16, FP32, IEEE_FP32, WGMMA_16BIT
+
+from .paged_prefill import PagedPrefill, paged_prefill
+
+if TYPE_CHECKING:
+    import torch
+
+# torch's CPU kernel evaluates exp for 16-bit inputs with a cubic in the exponent's fraction (PyTorch pull request 151441,
+# after Malossi et al. 2015), good to about one ulp of fp16. At exp(0) alone it was seen to be off by 5.1e-5: rows of
+# equal weights came out as 1/n times 1.00005. 2^-13 bounds the cubic over the whole interval.
+CPU_EXP_16BIT = 2.0**-13
+# Keys between two rescales: the block of the CPU kernel, and the smallest of the CUDA kernels.
+TILE = {"cpu": 512, "cuda": 32}
+FORMATS = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
+
+
+def launch(call: Call) -> dict[str, torch.Tensor]:
+    """One dense call for each request; its backend is forced, so that the numerics declared are those that run."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    axes, x = call.case.axes, call.inputs
+    backend = SDPBackend.FLASH_ATTENTION if call.device.kind == "cpu" else SDPBackend.EFFICIENT_ATTENTION
+    first_row = first_page = 0
+    parts = [x["q"].new_empty(0, axes.q_heads, axes.head_dim)]
+    for request in axes.requests:
+        rows = slice(first_row, first_row + request.qo_len)
+        pages = x["kv_indices"][first_page : first_page + axes.pages(request)].long()
+        first_row, first_page = rows.stop, first_page + len(pages)
+        if request.qo_len == 0:
+            continue
+        # [1, heads, tokens, d]
+        q = x["q"][rows].transpose(0, 1).unsqueeze(0)
+        k, v = (
+            x[name][pages].flatten(0, 1)[: request.kv_len].repeat_interleave(axes.group, 1).transpose(0, 1).unsqueeze(0)
+            for name in ("k_pages", "v_pages")
+        )
+        mask = None
+        if axes.causal:
+            # is_causal aligns at the top left; a prefill over a cache is aligned at the bottom right.
+            last = torch.arange(request.qo_len, device=q.device) + request.kv_len - request.qo_len
+            mask = torch.arange(request.kv_len, device=q.device) <= last.unsqueeze(-1)
+        with sdpa_kernel(backend):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=axes.sm_scale)
+        parts.append(out.squeeze(0).transpose(0, 1))
+    return {"out": torch.cat(parts)}
+
+
+def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
+    """fp32 accumulation, P rounded to the input's format before P·V."""
+    fmt = FORMATS[case.axes.dtype]
+    narrow = fmt is not FP32
+    acc = WGMMA_16BIT if device.kind == "cuda" and narrow else IEEE_FP32
+    exp_rel = CPU_EXP_16BIT if device.kind == "cpu" and narrow else EX2_APPROX
+    return Numerics(qk=acc, pv=acc, p=fmt, out=fmt, tile=TILE[device.kind], exp_rel=exp_rel, lse_base=None)
+
+
+def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
+    """What scaled_dot_product_attention leaves undefined."""
+    for request in case.axes.requests:
+        needed = request.qo_len if case.axes.causal else min(request.qo_len, 1)
+        if request.kv_len < needed:
+            return "rows without any key are not defined by scaled_dot_product_attention"
+    return None
+
+
+sdpa = Kernel(
+    name="torch.paged_prefill[sdpa]",
+    operator=paged_prefill,
+    launch=launch,
+    numerics=numerics,
+    unsupported=unsupported,
+    returns=("out",),
+)

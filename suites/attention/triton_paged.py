@@ -1,0 +1,48 @@
+"""This project's own paged prefill in Triton: compiled on a GPU, interpreted on a CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kerneltest.model import BF16, FP16, FP32, IEEE_FP32, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
+
+from .paged_prefill import PagedPrefill, paged_prefill
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
+
+
+def launch(call: Call) -> dict[str, torch.Tensor]:
+    """One launch for the whole batch, into the caller's buffers."""
+    from . import _triton_prefill
+
+    _triton_prefill.paged_prefill(
+        **call.inputs, **call.outputs, causal=call.case.axes.causal, sm_scale=call.case.axes.sm_scale
+    )
+    return dict(call.outputs)
+
+
+def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
+    """fp32 accumulation and denominator; P in the input's format, but in fp32 where bf16 is interpreted."""
+    fmt = FORMATS[case.axes.dtype]
+    interpreted = device.kind == "cpu"
+    acc = IEEE_FP32 if interpreted or fmt is FP32 else WGMMA_16BIT
+    return Numerics(qk=acc, pv=acc, p=FP32 if interpreted and fmt is BF16 else fmt, out=fmt, tile=32, lse_base="e")
+
+
+def specialisation(case: Case[PagedPrefill]) -> str:
+    """What Triton compiles anew."""
+    axes = case.axes
+    return f"{axes.dtype}-d{axes.head_dim}-g{axes.group}-p{axes.page_size}-{'causal' if axes.causal else 'full'}"
+
+
+triton_prefill = Kernel(
+    name="triton.paged_prefill[online]",
+    operator=paged_prefill,
+    launch=launch,
+    numerics=numerics,
+    specialisation=specialisation,
+    library="triton",
+)
