@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from hypothesis import strategies as st
 
 
-def edges(limit: int, *tiles: int) -> st.SearchStrategy[int]:
-    """Lengths from 0 to ``limit`` that crowd around the tile edges, where kernels change their path.
+def edges(limit: int, *tiles: int, minimum: int = 0) -> st.SearchStrategy[int]:
+    """Lengths from ``minimum`` to ``limit`` that crowd around the tile edges, where kernels change their path.
 
     Half of the draws are 0, 1, primes, and multiples of each tile with their two neighbours; the other half is uniform.
-    Shrinks towards 0, without having to stay on an edge.
+    Shrinks towards 1: the simplest length is an ordinary one, and 0 a special case.
     """
-    if limit < 0:
-        raise ValueError(f"limit must be at least 0, got {limit}")
+    if not 0 <= minimum <= limit or limit < 1:
+        raise ValueError(f"expected 0 <= minimum <= limit and limit >= 1, got {minimum} and {limit}")
     near = {0, 1, *_primes(limit)}
     for tile in tiles:
         near.update(multiple + off for multiple in (tile, 2 * tile, 4 * tile) for off in (-1, 0, 1))
-    return st.integers(0, limit) | st.sampled_from(sorted(n for n in near if 0 <= n <= limit))
+    return st.integers(max(minimum, 1), limit) | st.sampled_from(sorted(n for n in near if minimum <= n <= limit))
 
 
 def _primes(limit: int) -> Iterable[int]:

@@ -33,14 +33,14 @@ PROFILES = {
         Profile(
             name="quick",
             cases=25,
-            cpu=Size(batch=2, qo_len=33, kv_len=70, heads=4),
+            cpu=Size(batch=2, qo_len=18, kv_len=70, heads=8),
             cuda=Size(batch=4, qo_len=130, kv_len=300, heads=8),
             shrink_seconds=30.0,
         ),
         Profile(
             name="default",
-            cases=150,
-            cpu=Size(batch=3, qo_len=66, kv_len=140, heads=8),
+            cases=200,
+            cpu=Size(batch=2, qo_len=34, kv_len=140, heads=8),
             cuda=Size(batch=6, qo_len=300, kv_len=1100, heads=16),
         ),
         Profile(

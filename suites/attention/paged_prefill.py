@@ -99,24 +99,29 @@ class PagedPrefill:
         return -(-request.kv_len // self.page_size)
 
 
-def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
-    """Draw cases up to ``size``; the simplest is one request with one query and no spare pages."""
+def _requests(size: Size, page_size: int, min_qo_len: int = 0) -> st.SearchStrategy[Request]:
     from hypothesis import strategies as st
 
     from kerneltest.strategies import edges
 
+    kv_len = edges(size.kv_len, page_size, *TILES)
+    # A prefill of the whole prompt has as many keys as queries: the commonest request, so it gets a branch of its own.
+    whole = edges(min(size.qo_len, size.kv_len), page_size, *TILES, minimum=min_qo_len)
+    append = st.builds(Request, qo_len=edges(size.qo_len, *TILES, minimum=min_qo_len), kv_len=kv_len)
+    return append | whole.map(lambda n: Request(qo_len=n, kv_len=n))
+
+
+def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
+    """Draw cases up to ``size``; the simplest is one request with one query and one key."""
+    from hypothesis import strategies as st
+
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case[PagedPrefill]:
         page_size = draw(st.sampled_from(PAGE_SIZES))
-        qo_len = edges(size.qo_len, *TILES)
-        # A prefill of the whole prompt (as many queries as keys) is the commonest request, so it gets a branch of its own.
-        length = edges(min(size.qo_len, size.kv_len), page_size, *TILES)
-        request = st.builds(Request, qo_len=qo_len, kv_len=edges(size.kv_len, page_size, *TILES)) | st.builds(
-            lambda n: Request(qo_len=n, kv_len=n), length
-        )
-        requests = draw(
-            st.lists(request, min_size=1, max_size=size.batch).filter(lambda rs: any(r.qo_len for r in rs))
-        )
+        # Somebody must ask something; everybody else, before or after, may be empty in queries, keys or both.
+        requests = draw(st.lists(_requests(size, page_size), max_size=size.batch - 1))
+        somebody = draw(_requests(size, page_size, min_qo_len=1))
+        requests.insert(draw(st.integers(0, len(requests))), somebody)
         group = draw(st.sampled_from([g for g in GROUPS if g <= size.heads]))
         axes = PagedPrefill(
             requests=tuple(requests),
