@@ -40,7 +40,10 @@ def main() -> None:
     for path in discovery.suite_files(root):
         for kernel in discovery.load_kernels(path).values():
             reason = kernel.unmet(started.device, started.missing)
-            print(f"| {kernel.name} | - | - | - | {reason} |" if reason else row(pool, kernel, path, arguments.cases), flush=True)
+            print(
+                f"| {kernel.name} | - | - | - | {reason} |" if reason else row(pool, kernel, path, arguments.cases),
+                flush=True,
+            )
     pool.close()
     if started.device.kind == "cuda":
         poison(started.device.ordinal)
@@ -85,7 +88,9 @@ def poison(ordinal: int) -> None:
             end.synchronize()
             times.append(1000 * begin.elapsed_time(end) / LAUNCHES)
         print(f"| {name} | {sorted(times)[len(times) // 2]:.1f} | {100 * share:.4g} % |")
-    print(f"\n{chip.sm_count} SMs, {chip.shared_bytes} bytes of shared memory each; median of 9 graphs of {LAUNCHES} launches")
+    print(
+        f"\n{chip.sm_count} SMs, {chip.shared_bytes} bytes of shared memory each; median of 9 graphs of {LAUNCHES} launches"
+    )
 
 
 if __name__ == "__main__":

@@ -162,7 +162,9 @@ def _options(config: pytest.Config) -> Options:
         _one_of("--kernel-suite", suite, ["all", *known])
     _one_of("--kernel-profile", option.kernel_profile, list(PROFILES))
     if not DEVICE.fullmatch(option.kernel_device):
-        raise pytest.UsageError(f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N")
+        raise pytest.UsageError(
+            f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"
+        )
     if option.kernel_seed is None:
         # Written back, so that every process of a distributed run inherits one seed.
         option.kernel_seed = random.SystemRandom().randrange(2**32)

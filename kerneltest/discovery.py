@@ -15,7 +15,9 @@ from pathlib import Path
 from kerneltest.model import Kernel
 
 PACKAGE = "kerneltest_suites"
-EXPECTED_FORM = "a Python file that imports without a GPU and binds kerneltest.model.Kernel objects to module-level names"
+EXPECTED_FORM = (
+    "a Python file that imports without a GPU and binds kerneltest.model.Kernel objects to module-level names"
+)
 
 
 def builtin_root() -> Path:

@@ -20,7 +20,11 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     (
         "--kernel-device",
-        {"metavar": "auto|cpu|cuda[:N]", "default": "auto", "help": "where the kernels run (auto: a GPU if there is one)"},
+        {
+            "metavar": "auto|cpu|cuda[:N]",
+            "default": "auto",
+            "help": "where the kernels run (auto: a GPU if there is one)",
+        },
     ),
     (
         "--kernel-library",

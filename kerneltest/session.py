@@ -71,7 +71,7 @@ class Session:
     @cached_property
     def libraries(self) -> tuple[str, ...]:
         """Every library that some kernel of these suites asks for."""
-        found = set()
+        found: set[str | None] = set()
         for root in self.options.roots:
             for path in discovery.suite_files(root):
                 try:
@@ -108,7 +108,9 @@ class Session:
         trail = replay(target, self.runner, self.options.profile, case)
         if trail.caught is not None:
             return self._caught(suite, kernel, trail, path)
-        unchecked = tuple(Unchecked(what=self._shown(path), why=f"unsupported: {reason}") for reason in trail.unsupported)
+        unchecked = tuple(
+            Unchecked(what=self._shown(path), why=f"unsupported: {reason}") for reason in trail.unsupported
+        )
         return self._record(suite, kernel, trail, unchecked=unchecked), None
 
     def _caught(self, suite: str, kernel: Kernel, trail: Trail, path: Path) -> tuple[KernelRecord, Failure]:

@@ -215,7 +215,11 @@ def _death(kernel: Kernel, death: Death, seconds: float) -> Finding:
         what = f"no answer after {seconds:.1f} s; the worker was killed"
         return Finding(kind="Hung", kernel=kernel.name, key="deadline", what=what, details=lines)
     try:
-        how = f"signal {signal.Signals(-death.returncode).name}" if death.returncode < 0 else f"exit status {death.returncode}"
+        how = (
+            f"signal {signal.Signals(-death.returncode).name}"
+            if death.returncode < 0
+            else f"exit status {death.returncode}"
+        )
     except ValueError:
         how = f"signal {-death.returncode}"
     return Finding(kind="Crashed", kernel=kernel.name, key=how, what=f"the worker process died: {how}", details=lines)

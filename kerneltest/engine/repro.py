@@ -11,7 +11,9 @@ from kerneltest.model import DecodeError, Started, decode, encode
 from kerneltest.model.repro import SCHEMA, Repro
 
 FILE_NAME = "case.json"
-EXPECTED_FORM = f'a JSON object with "schema": "{SCHEMA}", "suite", "kernel", "kind", "key", "culprit", "what" and "case"'
+EXPECTED_FORM = (
+    f'a JSON object with "schema": "{SCHEMA}", "suite", "kernel", "kind", "key", "culprit", "what" and "case"'
+)
 
 
 def slug(kernel: str) -> str:

@@ -40,9 +40,7 @@ class Case(Generic[A]):
     def from_json(cls, data: object, axes: type[A], path: str = "case") -> Case[A]:
         """Inverse of :func:`encode`; raises :class:`DecodeError` with the path of the offending field."""
         raw = decode(_RawCase, data, path)
-        return cls(
-            operator=raw.operator, axes=decode(axes, raw.axes, f"{path}.axes"), inputs=raw.inputs, seed=raw.seed
-        )
+        return cls(operator=raw.operator, axes=decode(axes, raw.axes, f"{path}.axes"), inputs=raw.inputs, seed=raw.seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

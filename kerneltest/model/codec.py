@@ -37,7 +37,7 @@ def encode(value: object) -> Any:
 
 def decode(expected: type[T], data: object, path: str = "") -> T:
     """Build ``expected`` from decoded JSON; raises :class:`DecodeError` where the data does not fit."""
-    return typing.cast(T, _decode(expected, data, path))
+    return typing.cast("T", _decode(expected, data, path))
 
 
 def _decode(expected: Any, data: Any, path: str) -> Any:

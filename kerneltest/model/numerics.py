@@ -80,4 +80,3 @@ class Numerics:
     tile: int = 16
     exp_rel: float = EX2_APPROX
     lse_base: Literal["e", "2"] | None = "e"
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -48,3 +49,10 @@ class Coverage:
     place: Place
     share: float | None
     note: str = ""
+
+    @property
+    def percent(self) -> str:
+        """The share in %, rounded down: 100 means all of it. Raises ValueError if it is unknown."""
+        if self.share is None:
+            raise ValueError(f"the coverage of {self.place.value} is unknown: {self.note}")
+        return f"{math.floor(self.share * 10_000) / 100:g} %"

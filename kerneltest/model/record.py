@@ -107,7 +107,7 @@ class RunRecord:
             if place.share is None:
                 found.append(Unchecked(what=f"poison in {place.place.value}", why=place.note))
             elif place.share < 1:
-                why = f"read-back found {100 * place.share:.4g} % of it"
+                why = f"read-back found {place.percent} of it"
                 found.append(Unchecked(what=f"poison in {place.place.value}", why=why))
         return tuple(dict.fromkeys(found))
 

@@ -156,6 +156,6 @@ class Kernel:
         if device.kind == "cuda" and device.sm < self.min_sm:
             need, have = (".".join(map(str, sm)) for sm in (self.min_sm, device.sm))
             return f"needs compute capability {need}, this is {have}"
-        if self.library in missing:
+        if self.library is not None and self.library in missing:
             return f"the library {self.library} cannot be imported: {missing[self.library]}"
         return None

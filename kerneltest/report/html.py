@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
+import math
+from dataclasses import dataclass
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kerneltest.model import RunRecord
+from kerneltest.model import Device, RunRecord, Verdict
 
 TEMPLATE = "report.html.jinja"
 
 
 def html(run: RunRecord) -> str:
-    """Render the run. Everything that comes from outside is escaped: a kernel's name or a library's text is no markup."""
+    """Render the run. All that comes from outside is escaped: a kernel's name or a library's text is no markup."""
     environment = Environment(
         loader=PackageLoader("kerneltest.report", "templates"),
         autoescape=True,
@@ -18,4 +22,147 @@ def html(run: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(run=run)
+    environment.filters.update(
+        aligned=_aligned,
+        gist=_gist,
+        many=_many,
+        moment=_moment,
+        number=_number,
+        percent=_percent,
+        seconds=_seconds,
+        share=_share,
+    )
+    environment.tests["over"] = _over
+    return environment.get_template(TEMPLATE).render(
+        run=run, headline=_headline(run), totals=_totals(run), devices=_devices(run), libraries=_libraries(run)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Totals:
+    """The counts of the header. The same case of the same kernel counts once, also if two items ran it."""
+
+    green: int
+    red: int
+    unchecked: int
+    broken: int
+    cases: int
+    launches: int
+    unsupported: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Headline:
+    """The verdict on the whole run: a word, the style that goes with it, and why in a sentence."""
+
+    word: str
+    style: str
+    why: str
+
+
+def _totals(run: RunRecord) -> _Totals:
+    verdicts = [kernel.verdict for kernel in run.kernels]
+    return _Totals(
+        green=verdicts.count(Verdict.GREEN),
+        red=verdicts.count(Verdict.RED),
+        unchecked=verdicts.count(Verdict.UNCHECKED),
+        broken=len(run.unchecked),
+        cases=len({(kernel.suite, kernel.name, case.id) for kernel in run.kernels for case in kernel.cases}),
+        launches=sum(kernel.launches for kernel in run.kernels),
+        unsupported=sum(sum(kernel.unsupported.values()) for kernel in run.kernels),
+    )
+
+
+def _headline(run: RunRecord) -> _Headline:
+    """RED if a kernel is red or an item broke (those are the run's own ``unchecked``), GREEN only if something ran."""
+    totals = _totals(run)
+    ran = totals.green + totals.red
+    parts = []
+    if totals.red:
+        parts.append(f"{totals.red} of {_many(ran, 'kernel')} that ran failed")
+    if totals.broken:
+        parts.append(f"{_many(totals.broken, 'item')} broke before a verdict")
+    if totals.red or totals.broken:
+        word, style = "RED", "red"
+    elif totals.green:
+        word, style = "GREEN", "green"
+        parts.append("the kernel that ran is green" if ran == 1 else f"all {ran} kernels that ran are green")
+    else:
+        word, style = "NOTHING CHECKED", "unchecked"
+        parts.append("no kernel ran, so there is no verdict on any")
+    if totals.unchecked:
+        parts.append(f"{_many(totals.unchecked, 'kernel')} {'was' if totals.unchecked == 1 else 'were'} not checked")
+    sentence = "; ".join(parts)
+    return _Headline(word=word, style=style, why=f"{sentence[0].upper()}{sentence[1:]}.")
+
+
+def _devices(run: RunRecord) -> tuple[Device, ...]:
+    return tuple(dict.fromkeys(kernel.device for kernel in run.kernels if kernel.device))
+
+
+def _libraries(run: RunRecord) -> dict[str, tuple[str, ...]]:
+    """Every version of every library: the workers of one run need not agree."""
+    found: dict[str, dict[str, None]] = {}
+    for kernel in run.kernels:
+        for name, version in kernel.libraries.items():
+            found.setdefault(name, {})[version] = None
+    return {name: tuple(versions) for name, versions in sorted(found.items())}
+
+
+def _over(share: float) -> bool:
+    """Whether a share of the budget is a failure; a NaN is."""
+    return not share <= 1
+
+
+def _share(share: float) -> str:
+    """A share of the error budget, to two digits, and never rounded down to a zero that it is not."""
+    if share == 0 or not math.isfinite(share):
+        return f"{share:g}"
+    if share > 1 and round(share, 2) == 1:
+        return ">1.00"
+    if share < 0.0995:
+        return f"{share:.1e}" if share < 0.000995 else f"{share:.2g}"
+    return f"{share:.2f}" if share < 100 else f"{share:.1e}"
+
+
+def _aligned(share: float) -> str:
+    """As :func:`_share`, with the decimals fixed: for long columns."""
+    return "<0.01" if 0 < share < 0.005 else f"{share:.2f}" if 0 <= share <= 1 else _share(share)
+
+
+def _percent(share: float) -> str:
+    """A share in [0, 1] as a percentage, rounded down: 100 % is said of nothing less."""
+    if 0 < share < 0.0001:
+        return "<0.01 %"
+    return "100 %" if share == 1 else f"{math.floor(share * 10_000) / 100:.2f} %"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds == 0:
+        return "0"
+    return f"{seconds:,.1f}" if seconds >= 10 else f"{seconds:.3f}" if seconds < 1 else f"{seconds:.2f}"
+
+
+def _number(number: int) -> str:
+    return f"{number:,}"
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _gist(text: str) -> str:
+    """The line of a long reason that says most: pytest marks it with an E, elsewhere it is the first."""
+    lines = text.strip().splitlines()
+    return next((line.removeprefix("E").strip() for line in lines if line.startswith("E   ")), lines[0])
+
+
+def _moment(text: str) -> str:
+    """An ISO 8601 time for a reader; anything else as it is."""
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(datetime.UTC)
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"

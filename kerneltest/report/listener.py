@@ -27,7 +27,9 @@ class ReportListener:
 
     def pytest_report_header(self) -> list[str]:
         option = self._config.option
-        return [f"kerneltest: profile {option.kernel_profile}, device {option.kernel_device}, seed {option.kernel_seed}"]
+        return [
+            f"kerneltest: profile {option.kernel_profile}, device {option.kernel_device}, seed {option.kernel_seed}"
+        ]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = getattr(report, "kerneltest", None)
@@ -36,6 +38,10 @@ class ReportListener:
         elif report.failed:
             reason = str(report.longrepr).strip()
             self._unchecked.append(Unchecked(what=report.nodeid, why=reason))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._unchecked.append(Unchecked(what=report.nodeid, why=str(report.longrepr).strip()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._config.option.collectonly:
@@ -90,5 +96,5 @@ def _lines(run: RunRecord) -> list[str]:
         )
     for place in run.coverage:
         if place.share is not None:
-            lines.append(f"poison    {place.place.value}: {100 * place.share:.4g} % proven ({place.note})")
+            lines.append(f"poison    {place.place.value}: {place.percent} proven ({place.note})")
     return lines + [f"unchecked {item.what}: {item.why.splitlines()[0]}" for item in run.everything_unchecked]

@@ -12,6 +12,9 @@ from kerneltest.oracle.compare import Comparison, compare
 from kerneltest.worker.execute import Execution, Observation
 from kerneltest.worker.poison import as_bits, holds
 
+# How often a pair of launches is repeated before its difference is blamed on a poison.
+REPEATS = 3
+
 
 def judge(execution: Execution) -> tuple[Finding | None, dict[str, float]]:
     """The first finding, or None with the largest share of the error budget that each output used."""
@@ -38,18 +41,25 @@ def inputs_are_intact(execution: Execution) -> Finding | None:
 
 def outputs_are_written(execution: Execution) -> Finding | None:
     """An element that equals the fill of its buffer under every pattern was never written."""
-    for name in execution.observations[0].outputs:
-        kept = torch.stack([holds(seen.outputs[name], _fill(seen)) for seen in execution.observations]).all(0)
-        if bool(kept.any()):
-            first = _first(kept)
-            return _finding(
-                execution,
-                "Unwritten",
-                key=name,
-                what=f"{name}: {_share(kept)} were not written",
-                details=(f"first at {_locate(execution, name, first)}",),
-                culprit=Place.OUTPUTS.value,
-            )
+    observations = execution.observations
+    for name in observations[0].outputs:
+        kept = torch.stack([holds(seen.outputs[name], _fill(seen)) for seen in observations]).all(0)
+        if not bool(kept.any()):
+            continue
+        # Every place held the same pattern, so a leak from elsewhere could look the same: fill the buffer alone, be it
+        # the caller's or one that the kernel allocated for itself.
+        for place in (Place.OUTPUTS, Place.ALLOCATOR_POOL):
+            alone = execution.observe({**observations[-1].plan, place: observations[0].plan[place]})
+            still = kept & holds(alone.outputs[name], observations[0].plan[place])
+            if bool(still.any()):
+                return _finding(
+                    execution,
+                    "Unwritten",
+                    key=name,
+                    what=f"{name}: {_share(still)} were not written",
+                    details=(f"first at {_locate(execution, name, _first(still))}",),
+                    culprit=place.value,
+                )
     return None
 
 
@@ -60,17 +70,8 @@ def answer_is_independent_of_poison(execution: Execution) -> Finding | None:
         name, differs = _difference(execution, seen, benign)
         if name is None or differs is None:
             continue
-        if execution.kernel.deterministic:
-            again = execution.observe(benign.plan)
-            moved_name, moved = _difference(execution, again, benign)
-            if moved_name is not None and moved is not None:
-                return _finding(
-                    execution,
-                    "Nondeterministic",
-                    key=moved_name,
-                    what=f"{moved_name}: {_share(moved)} differ between two identical launches",
-                    details=(_two_values(execution, moved_name, _first(moved), again, benign),),
-                )
+        if execution.kernel.deterministic and (unstable := _unstable(execution, seen, benign)):
+            return unstable
         culprits = _culprits(execution, seen, benign)
         return _depends_on(execution, name, differs, seen, benign, culprits)
     return None
@@ -140,6 +141,23 @@ def _difference(
 def _outside(execution: Execution, name: str, value: torch.Tensor) -> torch.Tensor:
     low, high = (bound.cpu() for bound in execution.budgets[name].interval())
     return ~((low <= value.double()) & (value.double() <= high))
+
+
+def _unstable(execution: Execution, *observations: Observation) -> Finding | None:
+    """Before anything is blamed on a poison: do identical launches agree?"""
+    for _ in range(REPEATS):
+        for before in observations:
+            again = execution.observe(before.plan)
+            name, moved = _difference(execution, again, before)
+            if name is not None and moved is not None:
+                return _finding(
+                    execution,
+                    "Nondeterministic",
+                    key=name,
+                    what=f"{name}: {_share(moved)} differ between two identical launches",
+                    details=(_two_values(execution, name, _first(moved), again, before),),
+                )
+    return None
 
 
 def _culprits(execution: Execution, seen: Observation, benign: Observation) -> list[Place]:

@@ -22,7 +22,9 @@ def open_device(name: str) -> Device:
         return Device(kind="cpu", ordinal=0, name=_cpu_name(), sm=(0, 0), units=os.cpu_count() or 1)
     ordinal = int(name.partition(":")[2] or 0)
     if not torch.cuda.is_available():
-        raise NoDevice(f"{name} was asked for, but this machine has no CUDA device that torch {torch.__version__} can use")
+        raise NoDevice(
+            f"{name} was asked for, but this machine has no CUDA device that torch {torch.__version__} can use"
+        )
     if ordinal >= torch.cuda.device_count():
         raise NoDevice(f"{name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices")
     torch.cuda.set_device(ordinal)

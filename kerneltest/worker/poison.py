@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 Plan = Mapping[Place, Pattern]
 
 # Blocks that the allocator's pool is seeded with: what a library's own torch.empty is likely to get back.
-POOL_BLOCKS = tuple((bytes_, 8) for bytes_ in (512, 4 << 10, 32 << 10, 256 << 10, 1 << 20)) + ((4 << 20, 4), (32 << 20, 2))
+POOL_BLOCKS = tuple((bytes_, 8) for bytes_ in (512, 4 << 10, 32 << 10, 256 << 10, 1 << 20)) + (
+    (4 << 20, 4),
+    (32 << 20, 2),
+)
 
 M_PERTURB = -6  # glibc's mallopt parameter
 

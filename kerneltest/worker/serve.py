@@ -67,4 +67,3 @@ def _sees_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-

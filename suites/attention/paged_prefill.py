@@ -104,11 +104,16 @@ def _requests(size: Size, page_size: int, min_qo_len: int = 0) -> st.SearchStrat
 
     from kerneltest.strategies import edges
 
-    kv_len = edges(size.kv_len, page_size, *TILES)
-    # A prefill of the whole prompt has as many keys as queries: the commonest request, so it gets a branch of its own.
-    whole = edges(min(size.qo_len, size.kv_len), page_size, *TILES, minimum=min_qo_len)
-    append = st.builds(Request, qo_len=edges(size.qo_len, *TILES, minimum=min_qo_len), kv_len=kv_len)
-    return append | whole.map(lambda n: Request(qo_len=n, kv_len=n))
+    def build(qo_len: int, kv_len: int, whole: bool) -> Request:
+        # A prefill of the whole prompt has as many keys as queries: the commonest request, and too rare by chance.
+        return Request(qo_len=qo_len, kv_len=min(qo_len, size.kv_len) if whole else kv_len)
+
+    return st.builds(
+        build,
+        qo_len=edges(size.qo_len, *TILES, minimum=min_qo_len),
+        kv_len=edges(size.kv_len, page_size, *TILES),
+        whole=st.booleans(),
+    )
 
 
 def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:

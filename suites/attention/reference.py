@@ -28,14 +28,23 @@ def paged_attention_terms(
     qo_indptr, kv_indptr = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
     last_page_len = inputs["kv_last_page_len"].tolist()
     page_size = k_pages.shape[1]
-    rows, heads, dim = q.shape
-    wide = {"dtype": torch.float64, "device": q.device}
-    per_row = {name: torch.zeros(rows, heads, **wide) for name in ("dot_row", "score_row", "keys")}
-    per_out = {
-        name: torch.zeros(rows, heads, v_pages.shape[-1], **wide)
-        for name in ("out", "abs_out", "dot_out", "score_out", "peak_out")
-    }
-    terms = AttentionTerms(lse=torch.full((rows, heads), float("-inf"), **wide), **per_row, **per_out)
+    rows, heads, _ = q.shape
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=q.device)
+
+    out_shape = (rows, heads, v_pages.shape[-1])
+    terms = AttentionTerms(
+        out=zeros(*out_shape),
+        lse=torch.full((rows, heads), float("-inf"), dtype=torch.float64, device=q.device),
+        abs_out=zeros(*out_shape),
+        dot_out=zeros(*out_shape),
+        dot_row=zeros(rows, heads),
+        score_out=zeros(*out_shape),
+        score_row=zeros(rows, heads),
+        peak_out=zeros(*out_shape),
+        keys=zeros(rows, heads),
+    )
     for request, last in enumerate(last_page_len):
         first_row, end_row = qo_indptr[request : request + 2]
         first_page, end_page = kv_indptr[request : request + 2]
@@ -70,7 +79,7 @@ def _attend(
     kv_heads, keys, dim = k.shape
     count = rows.stop - rows.start
     # [kv_heads, group * rows, d]: the query heads that share a KV head become rows of one matrix product
-    x = q[rows].double().unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+    x = q[rows].double().view(count, kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     group = x.shape[1] // count
     seen = (torch.arange(keys, device=q.device) < visible[:, None]).repeat(group, 1)
     n = visible.repeat(group)
@@ -89,7 +98,7 @@ def _attend(
     prefix = torch.nn.functional.pad(v_abs.cumsum(1), (0, 0, 1, 0))[:, n]
 
     def put(into: torch.Tensor, value: torch.Tensor) -> None:
-        shaped = value.unflatten(1, (group, count))  # [kv_heads, group, rows, ...]
+        shaped = value.reshape(kv_heads, group, count, *value.shape[2:])
         into[rows] = shaped.movedim(2, 0).flatten(1, 2)
 
     put(terms.out, torch.bmm(p, v))

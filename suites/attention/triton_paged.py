@@ -18,8 +18,19 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     """One launch for the whole batch, into the caller's buffers."""
     from . import _triton_prefill
 
+    x, axes = call.inputs, call.case.axes
     _triton_prefill.paged_prefill(
-        **call.inputs, **call.outputs, causal=call.case.axes.causal, sm_scale=call.case.axes.sm_scale
+        x["q"],
+        x["k_pages"],
+        x["v_pages"],
+        x["qo_indptr"],
+        x["kv_indptr"],
+        x["kv_indices"],
+        x["kv_last_page_len"],
+        call.outputs["out"],
+        call.outputs["lse"],
+        causal=axes.causal,
+        sm_scale=axes.sm_scale,
     )
     return dict(call.outputs)
 
