@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Group and page size are run-time values: every pair of them compiled anew would cost far more than a division saves.
+@triton.jit(do_not_specialize=["group", "page_size"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -45,9 +46,9 @@ def _prefill_kernel(
     out_stride_head,
     lse_stride_tok,
     lse_stride_head,
+    group,
+    page_size,
     CAUSAL: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,20 +59,20 @@ def _prefill_kernel(
     qo_start = tl.load(qo_indptr_ptr + request)
     qo_len = tl.load(qo_indptr_ptr + request + 1) - qo_start
     first_row = tl.program_id(0) * BLOCK_M
-    if first_row >= qo_len * GROUP:  # the grid is sized for the longest request
+    if first_row >= qo_len * group:  # the grid is sized for the longest request
         return
 
     page_start = tl.load(kv_indptr_ptr + request)
     num_pages = tl.load(kv_indptr_ptr + request + 1) - page_start
     last_page_len = tl.load(last_page_len_ptr + request)
-    kv_len = tl.where(num_pages > 0, (num_pages - 1) * PAGE_SIZE + last_page_len, 0)
+    kv_len = tl.where(num_pages > 0, (num_pages - 1) * page_size + last_page_len, 0)
 
     # Rows of the tile.  Offsets are int64: tokens * stride and pages * stride both outgrow 2**31 elements.
     row = first_row + tl.arange(0, BLOCK_M)
-    query = row // GROUP
+    query = row // group
     row_ok = query < qo_len
     token = qo_start + query.to(tl.int64)
-    head = kv_head * GROUP + row % GROUP
+    head = kv_head * group + row % group
     dim = tl.arange(0, HEAD_DIM)[None, :]
     q_offset = token * q_stride_tok + head * q_stride_head
     q = tl.load(q_ptr + q_offset[:, None] + dim, mask=row_ok[:, None], other=0.0)
@@ -81,7 +82,7 @@ def _prefill_kernel(
     # row_end <= 0 and see nothing.
     if CAUSAL:
         row_end = query + (kv_len - qo_len + 1)
-        last_query = tl.minimum((first_row + BLOCK_M - 1) // GROUP, qo_len - 1)
+        last_query = tl.minimum((first_row + BLOCK_M - 1) // group, qo_len - 1)
         tile_end = last_query + (kv_len - qo_len + 1)
     else:
         row_end = tl.full([BLOCK_M], 0, tl.int32) + kv_len
@@ -96,8 +97,8 @@ def _prefill_kernel(
     for start in range(0, tile_end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         key_ok = key < kv_len
-        page = tl.load(page_table_ptr + key // PAGE_SIZE, mask=key_ok, other=0).to(tl.int64)
-        slot = (key % PAGE_SIZE).to(tl.int64)
+        page = tl.load(page_table_ptr + key // page_size, mask=key_ok, other=0).to(tl.int64)
+        slot = (key % page_size).to(tl.int64)
 
         k_offset = page * k_stride_page + slot * k_stride_slot
         k = tl.load(k_head_ptr + k_offset[:, None], mask=key_ok[:, None], other=0.0)
@@ -213,9 +214,9 @@ def paged_prefill(
         *v_pages.stride()[:3],
         *out.stride()[:2],
         *lse.stride(),
+        group,
+        page_size,
         CAUSAL=causal,
-        GROUP=group,
-        PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

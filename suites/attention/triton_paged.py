@@ -46,7 +46,7 @@ def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
 def specialisation(case: Case[PagedPrefill]) -> str:
     """What Triton compiles anew."""
     axes = case.axes
-    return f"{axes.dtype}-d{axes.head_dim}-g{axes.group}-p{axes.page_size}-{'causal' if axes.causal else 'full'}"
+    return f"{axes.dtype}-d{axes.head_dim}-{'causal' if axes.causal else 'full'}"
 
 
 triton_prefill = Kernel(
