@@ -37,7 +37,7 @@ def start(config: pytest.Config) -> Session:
 def add_suites_to_arguments(config: pytest.Config) -> None:
     """Collect the chosen suites: alone if no path was given, beside the paths given otherwise.
 
-    A pasted node id such as ``suites/attention/flashinfer.py::...`` means the suite's own file and narrows the run to it.
+    A pasted node id such as ``suites/attention/flashinfer.py::...`` narrows the run to what it names.
     """
     options = start(config).options
     folders = [root / suite for root in options.roots for suite in options.suites if (root / suite).is_dir()]
@@ -45,7 +45,7 @@ def add_suites_to_arguments(config: pytest.Config) -> None:
         config.args = [str(folder) for folder in folders]
         return
     inside = False
-    for number, argument in enumerate(config.args):
+    for argument in config.args:
         path = Path(os.path.abspath(config.invocation_params.dir / argument.partition("::")[0]))
         inside |= any(path.is_relative_to(root) for root in options.roots)
     if not inside:

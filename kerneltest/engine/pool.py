@@ -6,6 +6,7 @@ speak. Workers are spawned, never forked: a forked CUDA context is broken.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from kerneltest.model import Case, Finding, Kernel, Outcome, Run, Start, Started
 START_DEADLINE = 300.0
 STDERR_LINES = 12
 LAST_WORDS_SECONDS = 0.2
+SPARES = 2
 
 
 class WorkerFailed(Exception):
@@ -33,7 +36,7 @@ class WorkerFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How a worker ended: ``returncode`` as in :mod:`subprocess` (negative: a signal), None if it was killed as hung."""
+    """How a worker ended. ``returncode`` as in :mod:`subprocess` (negative: a signal); None: killed as hung."""
 
     returncode: int | None
     stderr: tuple[str, ...]
@@ -52,7 +55,7 @@ class _Process:
     """One worker process and its pipes."""
 
     def __init__(self, start: Start, libraries: Mapping[str, Path]) -> None:
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by kill, which ends every worker)
         environment = dict(os.environ)
         # The parent may run from a folder that is on no path of the child's.
         package = str(Path(__file__).parents[2])
@@ -96,17 +99,13 @@ class _Process:
 
     def kill(self) -> None:
         """End the process and its children, and wait for it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._popen.wait()
         for pipe in (self._popen.stdin, self._popen.stdout, self._stderr):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # unsent bytes for a dead process
                     pipe.close()
-                except BrokenPipeError:  # unsent bytes for a dead process
-                    pass
 
     def _send(self, message: Any) -> None:
         assert self._popen.stdin is not None
@@ -132,12 +131,15 @@ class _Process:
 
 
 class WorkerPool:
-    """A worker in use, and after the first death a spare one that starts up meanwhile."""
+    """A worker in use, and after the first death a few spare ones that start up meanwhile.
+
+    Shrinking a crash kills many workers in a row, and each takes seconds to import torch.
+    """
 
     def __init__(self, start: Start, libraries: Mapping[str, Path]) -> None:
         self._start, self._libraries = start, libraries
         self._worker: _Process | None = None
-        self._spare: _Process | None = None
+        self._spares: deque[_Process] = deque()
         self._started: Started | None = None
         self.deaths = 0
 
@@ -168,10 +170,11 @@ class WorkerPool:
         return outcome
 
     def close(self) -> None:
-        for process in (self._worker, self._spare):
+        for process in (self._worker, *self._spares):
             if process is not None:
                 process.kill()
-        self._worker = self._spare = None
+        self._worker = None
+        self._spares.clear()
 
     def _replace(self) -> None:
         self.deaths += 1
@@ -179,15 +182,14 @@ class WorkerPool:
 
     def _ready(self) -> _Process:
         if self._worker is None:
-            worker = self._spare or _Process(self._start, self._libraries)
-            self._spare = None
+            worker = self._spares.popleft() if self._spares else _Process(self._start, self._libraries)
             answer = worker.receive(START_DEADLINE)
             if isinstance(answer, Death):
                 raise WorkerFailed("the worker process could not start:\n  " + "\n  ".join(answer.stderr))
             self._started = self._started or decode(Started, answer)
             self._worker = worker
-            if self.deaths:
-                self._spare = _Process(self._start, self._libraries)
+            while self.deaths and len(self._spares) < SPARES:
+                self._spares.append(_Process(self._start, self._libraries))
         return self._worker
 
 
@@ -202,6 +204,8 @@ class InProcess:
         self.started = decode(Started, json.loads(json.dumps(self._worker.answer(encode(start)))))
 
     def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
+        """Run a case, however long it takes: nobody is there to watch ``deadline`` and ``cold``."""
+        del deadline, cold
         message = encode(Run(source=str(source), kernel=kernel.name, case=encode(case)))
         return decode(Outcome, json.loads(json.dumps(self._worker.answer(message))))
 

@@ -28,7 +28,9 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """First message to a worker: the device (``auto``, ``cpu``, ``cuda``, ``cuda:N``), where suites lie, and the libraries to look for."""
+    """First message to a worker: the device (``auto``, ``cpu``, ``cuda``, ``cuda:N``), where suites lie, and the
+    libraries to look for.
+    """
 
     device: str
     suite_roots: tuple[str, ...]

@@ -68,8 +68,10 @@ class Numerics:
     """The declared arithmetic of an attention kernel; a change of it is reviewed like a change of an API.
 
     ``p`` is the format that the unnormalised softmax weights are rounded to before P·V, ``l_from`` says whether the
-    denominator sums them before or after that rounding, ``tile`` is the smallest number of keys between two rescales
-    of the accumulator, ``exp_rel`` the relative error of its exponential, and ``lse_base`` the base of the returned log-sum-exp (None: the kernel returns none).
+    denominator sums them before or after that rounding. ``partial`` is the format of partial outputs where the keys
+    are split. ``tile`` is the smallest number of keys between two rescales of the accumulator, ``exp_rel`` the
+    relative error of its exponential. ``lse_base`` is the base of the returned log-sum-exp (None: the kernel
+    returns none), and a row that sees no key may return ``lse_no_key`` or less: a finite stand-in for -Inf.
     """
 
     qk: AccModel
@@ -77,6 +79,8 @@ class Numerics:
     p: Fmt
     out: Fmt
     l_from: Literal["fp32", "rounded_p"] = "fp32"
+    partial: Fmt = FP32
     tile: int = 16
     exp_rel: float = EX2_APPROX
     lse_base: Literal["e", "2"] | None = "e"
+    lse_no_key: float = float("-inf")

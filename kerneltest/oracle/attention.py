@@ -45,9 +45,10 @@ def attention_budget(
     * exp2, T rescales, both sums and the division: η (Σ p|v| + |o|), where
       η = (1 + T) exp_rel + 2uT + 2^-22 + 2γ_pv(n), because a weight passes its own exponential and up to T factors;
     * rounding p to its format: u_P Σ p|v| (exact worst case), and η_P exp(m - lse) Σ|v| below its normal range.
-      When the denominator sums the rounded p as well, o moves by Σ p_j δ_j (v_j - o): u_P |o| on top.
+      When the denominator sums the rounded p as well, o moves by Σ p_j δ_j (v_j - o): u_P |o| on top;
+    * rounding partial outputs to a format narrower than fp32: u_part Σ_s w_s |o_s| <= u_part Σ p|v|.
 
-    ``exact_p`` leaves out the last item: the inputs make every p a number that needs no rounding.
+    ``exact_p`` leaves out the rounding of p: the inputs make every p a number that needs none.
     """
     u, o = FP32.u, terms.out.abs()
     gamma_qk = numerics.qk.gamma(head_dim)
@@ -61,7 +62,10 @@ def attention_budget(
     if not exact_p:
         hard = hard + numerics.p.u * terms.abs_out + numerics.p.eta * terms.peak_out
         if numerics.l_from == "rounded_p":
-            hard = hard + numerics.p.u * o
+            # Both sums are off by u_P at most, so their quotient by u_P / (1 - u_P).
+            hard = (hard + numerics.p.u * o) / (1 - numerics.p.u)
+    if numerics.partial.t < FP32.t:
+        hard = hard + numerics.partial.u * terms.abs_out
     budgets = {"out": ErrorBudget(ref=terms.out, hard=hard, out=numerics.out)}
     if numerics.lse_base is not None:
         lse = terms.lse.abs().nan_to_num(posinf=0.0)
@@ -69,5 +73,5 @@ def attention_budget(
         if numerics.l_from == "rounded_p" and not exact_p:
             nats = nats + numerics.p.u
         unit = 1.0 if numerics.lse_base == "e" else 1.0 / math.log(2.0)
-        budgets["lse"] = ErrorBudget(ref=terms.lse * unit, hard=nats * unit, out=FP32)
+        budgets["lse"] = ErrorBudget(ref=terms.lse * unit, hard=nats * unit, out=FP32, minus_inf=numerics.lse_no_key)
     return budgets

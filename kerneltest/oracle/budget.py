@@ -13,12 +13,14 @@ from kerneltest.model import Fmt
 class ErrorBudget:
     """For one output tensor: ``ref`` and the bound ``hard`` on \\|error\\| before the last rounding, both float64.
 
-    ``out`` is the format of that last rounding. ``ref`` may hold ±Inf where the contract says so; never NaN.
+    ``out`` is the format of that last rounding. ``ref`` may hold ±Inf where the contract says so; never NaN. Where it
+    is -Inf, the kernel may return ``minus_inf`` or anything below.
     """
 
     ref: torch.Tensor
     hard: torch.Tensor
     out: Fmt
+    minus_inf: float = float("-inf")
 
     def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[RN(ref - hard), RN(ref + hard)] in the output format, as float64.

@@ -45,7 +45,8 @@ def compare(actual: torch.Tensor, budget: ErrorBudget) -> Comparison:
     low, high = budget.interval()
     inf = budget.ref.isinf()
     # Every comparison is written so that NaN fails it.
-    nonfinite = torch.where(inf, value != budget.ref, ~value.isfinite())
+    as_expected = torch.where(budget.ref > 0, value == budget.ref, value <= budget.minus_inf)
+    nonfinite = ~torch.where(inf, as_expected, value.isfinite())
     outside = ~nonfinite & ~inf & ~((low <= value) & (value <= high))
     judged = ~nonfinite & ~inf
     share = torch.where(judged, (value - budget.ref).abs() / (budget.hard + budget.half_ulp()), 0.0)

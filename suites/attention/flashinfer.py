@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 FORMATS = {"bfloat16": BF16, "float16": FP16}
 # The size that FlashInfer's documentation recommends.
 WORKSPACE_BYTES = 128 << 20
+# Up to 0.6.18 math.cuh calls 5e4 infinity, so that a row without keys has lse = -5e4 + log2(of nearly nothing). It does the
+# work of -Inf in every merge (2^-49000 is 0); from 0.7 on it is -Inf itself.
+NO_KEY_LSE = -49_000.0
 
 
 def planner(backend: str) -> Callable[[Call], Any]:
@@ -70,15 +73,24 @@ def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
 
 
 def fa2_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
-    """P is cast to the 16-bit format before P·V *and* before the sum of the denominator; lse is in base 2."""
+    """P is cast to 16 bits before P·V *and* before the sum of the denominator; so are partial outputs (tmp_v)."""
     fmt = FORMATS[case.axes.dtype]
-    return Numerics(qk=WGMMA_16BIT, pv=WGMMA_16BIT, p=fmt, out=fmt, l_from="rounded_p", lse_base="2")
+    return Numerics(
+        qk=WGMMA_16BIT,
+        pv=WGMMA_16BIT,
+        p=fmt,
+        out=fmt,
+        l_from="rounded_p",
+        partial=fmt,
+        lse_base="2",
+        lse_no_key=NO_KEY_LSE,
+    )
 
 
 def fa3_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
-    """The denominator sums P in fp32; P is cast to the 16-bit format for P·V alone; lse is in base 2."""
+    """The denominator sums P in fp32; P is cast to 16 bits for P·V alone."""
     fmt = FORMATS[case.axes.dtype]
-    return Numerics(qk=WGMMA_16BIT, pv=WGMMA_16BIT, p=fmt, out=fmt, lse_base="2")
+    return Numerics(qk=WGMMA_16BIT, pv=WGMMA_16BIT, p=fmt, out=fmt, lse_base="2", lse_no_key=NO_KEY_LSE)
 
 
 def specialisation(case: Case[PagedPrefill]) -> str:

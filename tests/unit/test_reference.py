@@ -1,0 +1,203 @@
+"""The float64 reference against a second one in NumPy loops, and against 50 digits of mpmath."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from attention_cases import case, draws, paged, reference
+from hypothesis import given
+
+from kerneltest.model import Case, Size
+from kerneltest.oracle.attention import AttentionTerms
+
+small = paged.cases(Size(batch=3, qo_len=5, kv_len=20, heads=4))
+ROWS = ("lse", "dot_row", "score_row", "keys")
+
+
+def terms_of(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> AttentionTerms:
+    return paged.reference(case, inputs, "cpu")
+
+
+def brute_force(inputs: Mapping[str, torch.Tensor], *, causal: bool, scale: float) -> dict[str, np.ndarray]:
+    """One query and one head at a time, one key at a time where a page is looked up."""
+    q, k_pages, v_pages = (inputs[name].double().numpy() for name in ("q", "k_pages", "v_pages"))
+    qo, kv, pages, last = (
+        inputs[name].numpy() for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
+    )
+    rows, heads, dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    result = {name: np.zeros((rows, heads)) for name in ROWS}
+    result |= {name: np.zeros((rows, heads, dim)) for name in ("out", "abs_out", "dot_out", "score_out", "peak_out")}
+    result["lse"] -= np.inf
+    for r in range(len(last)):
+        mine = pages[kv[r] : kv[r + 1]]
+        length = (len(mine) - 1) * page_size + last[r] if len(mine) else 0
+        slots = [(mine[j // page_size], j % page_size) for j in range(length)]
+        for i, row in enumerate(range(qo[r], qo[r + 1])):
+            hidden = (qo[r + 1] - qo[r]) - 1 - i if causal else 0  # the keys of the queries that come after
+            seen = slots[: max(len(slots) - hidden, 0)]
+            for head in range(heads) if seen else ():
+                kv_head = head // (heads // kv_heads)
+                k = np.array([k_pages[page, slot, kv_head] for page, slot in seen])
+                v = np.array([v_pages[page, slot, kv_head] for page, slot in seen])
+                v_abs = np.abs(v)
+                s = np.array([math.fsum(q[row, head] * key) for key in k]) * scale
+                A = np.array([math.fsum(np.abs(q[row, head] * key)) for key in k]) * scale
+                m = s.max()
+                total = math.fsum(np.exp(s - m))
+                p = np.exp(s - m) / total
+                at = row, head
+                result["keys"][at] = len(seen)
+                result["lse"][at] = m + math.log(total)
+                result["out"][at] = p @ v
+                result["abs_out"][at] = p @ v_abs
+                result["dot_row"][at] = p @ A
+                result["dot_out"][at] = (p * A) @ v_abs
+                result["score_row"][at] = p @ (np.abs(s) + abs(m))
+                result["score_out"][at] = (p * (np.abs(s) + abs(m))) @ v_abs
+                result["peak_out"][at] = v_abs.sum(0) / total
+    return result
+
+
+def assert_equal_to(terms: AttentionTerms, expected: Mapping[str, np.ndarray], tolerance: float) -> None:
+    for name, value in expected.items():
+        ours = getattr(terms, name).numpy()
+        assert ours.dtype == np.float64
+        assert ours.shape == value.shape
+        # Terms are sums of what is not negative; out and lse cancel, and are measured by what cancels in them.
+        size = {"out": expected["abs_out"], "lse": np.maximum(1, expected["dot_row"])}.get(name, value)
+        finite = np.isfinite(value)
+        assert np.array_equal(ours[~finite], value[~finite]), name
+        assert (np.abs(ours[finite] - value[finite]) <= tolerance * size[finite]).all(), name
+
+
+@draws(150)
+@given(small)
+def test_every_term_agrees_with_numpy(case: Case[Any]) -> None:
+    inputs = paged.materialize(case).inputs
+    expected = brute_force(inputs, causal=case.axes.causal, scale=case.axes.head_dim**-0.5)
+    assert_equal_to(terms_of(case, inputs), expected, 1e-12)
+
+
+@draws(100)
+@given(small)
+def test_dead_slots_cannot_matter(case: Case[Any]) -> None:
+    materials = paged.materialize(case)
+    expected = terms_of(case, materials.inputs)
+    for poison in (math.nan, math.inf, -3e38):
+        inputs = {name: tensor.clone() for name, tensor in materials.inputs.items()}
+        for dead in materials.dead:
+            inputs[dead.tensor][dead.mask] = poison
+        terms = terms_of(case, inputs)
+        for name in AttentionTerms.__dataclass_fields__:
+            assert torch.equal(getattr(terms, name), getattr(expected, name)), name
+
+
+def test_rows_without_keys() -> None:
+    # Causal and longer than its keys: the first three of five queries see nothing. The second request has no keys.
+    cases = case((5, 2), (2, 0), (1, 1), causal=True, group=2)
+    terms = terms_of(cases, paged.materialize(cases).inputs)
+    blind, seeing = [0, 1, 2, 5, 6], [3, 4, 7]
+    assert terms.keys[:, 0].tolist() == [0, 0, 0, 1, 2, 0, 0, 1]
+    assert torch.equal(terms.lse[blind], torch.full((5, 2), -math.inf, dtype=torch.float64))
+    assert terms.lse[seeing].isfinite().all()
+    for name in AttentionTerms.__dataclass_fields__:
+        value = getattr(terms, name)
+        assert not value.isnan().any(), name
+        if name != "lse":
+            assert (value[blind] == 0).all(), name
+            assert (value[seeing] != 0).all(), name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_small_chunks_give_the_same_terms(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    whole = case((37, 41), (0, 9), (23, 5), causal=causal, kv_heads=2, group=2, shuffled=True, spare_pages=2)
+    inputs = paged.materialize(whole).inputs
+    expected = terms_of(whole, inputs)
+    counts: list[int] = []
+    attend = reference._attend
+
+    def counted(terms: AttentionTerms, rows: slice, *rest: Any) -> None:
+        counts.append(rows.stop - rows.start)
+        attend(terms, rows, *rest)
+
+    monkeypatch.setattr(reference, "_attend", counted)
+    bytes_of_a_row = reference.LIVE_ARRAYS * 8 * 4 * 41
+    for chunk_bytes, chunks in ((1, [1] * 60), (7 * bytes_of_a_row, [7] * 5 + [2, 23])):
+        counts.clear()
+        monkeypatch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
+        assert_equal_to(
+            terms_of(whole, inputs),
+            {name: getattr(expected, name).numpy() for name in AttentionTerms.__dataclass_fields__},
+            1e-14,
+        )
+        assert counts == chunks
+
+
+def test_fifty_digits() -> None:
+    long = case((3, 150), dtype="float32", head_dim=64, page_size=16, shuffled=True, seed=3)
+    inputs = dict(paged.materialize(long).inputs)
+    # Scores of about ±5, ±25 and ±75: from a flat softmax to one that is all peak.
+    inputs["q"] = inputs["q"] * torch.tensor([2.0, 10.0, 30.0]).view(3, 1, 1)
+    terms = terms_of(long, inputs)
+    pages = inputs["kv_indices"].tolist()
+    slots = [(pages[j // 16], j % 16) for j in range(150)]
+    with mpmath.workdps(50):
+        for row in range(3):
+            q = [mpmath.mpf(x) for x in inputs["q"][row, 0].tolist()]
+            keys = [inputs["k_pages"][page, slot, 0].tolist() for page, slot in slots]
+            # The scale is the double that the operator hands to kernels and reference.
+            s = [mpmath.fdot(q, key) * mpmath.mpf(long.axes.sm_scale) for key in keys]
+            weights = [mpmath.exp(x) for x in s]
+            total = mpmath.fsum(weights)
+            lse = mpmath.log(total)
+            assert abs(float(lse - terms.lse[row, 0].item())) <= 1e-13 * float(abs(lse))
+            for d in range(64):
+                v = [inputs["v_pages"][page, slot, 0, d].item() for page, slot in slots]
+                out, size = mpmath.fdot(weights, v) / total, mpmath.fdot(weights, map(abs, v)) / total
+                assert abs(float(out - terms.out[row, 0, d].item())) <= 1e-13 * float(size)
+                assert abs(float(size / terms.abs_out[row, 0, d].item() - 1)) <= 1e-13
+
+
+# VmHWM and not ru_maxrss, which a child inherits from whoever started it.
+MEMORY = """
+from pathlib import Path
+from attention_cases import case, paged
+
+def peak():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+def run(tokens):
+    long = case((tokens, tokens), causal=True, head_dim=64, page_size=64)
+    return paged.reference(long, paged.materialize(long).inputs, "cpu")
+
+run(64)
+before = peak()
+terms = run(8192)
+assert terms.keys[-1, 0] == 8192 and terms.out.isfinite().all()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_long_prompt_is_bounded(request: pytest.FixtureRequest) -> None:
+    # All 8192 × 8192 weights at once, in six float64 arrays, would be 3 GiB.
+    child = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=request.path.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    assert 0 < float(child.stdout) < 1024
