@@ -89,7 +89,7 @@ def poison(ordinal: int) -> None:
             times.append(1000 * begin.elapsed_time(end) / LAUNCHES)
         print(f"| {name} | {sorted(times)[len(times) // 2]:.1f} | {100 * share:.4g} % |")
     print(
-        f"\n{chip.sm_count} SMs, {chip.shared_bytes} bytes of shared memory each; median of 9 graphs of {LAUNCHES} launches"
+        f"\n{chip.sm_count} SMs with {chip.shared_bytes} bytes of shared memory; median of 9 graphs of {LAUNCHES} launches"
     )
 
 

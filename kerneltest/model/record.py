@@ -35,7 +35,7 @@ class CaseRecord:
 class FailureRecord:
     """A failure after shrinking. ``case`` is the minimal case as JSON, ``text`` the full failure text.
 
-    ``seconds_to_find`` runs from the first case of the kernel to its first failing one, ``seconds_to_shrink`` from there.
+    ``seconds_to_find`` runs from the kernel's first case to its first failing one, ``seconds_to_shrink`` from there.
     """
 
     kernel: str
@@ -61,7 +61,7 @@ class Unchecked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelRecord:
-    """All of one kernel's hunt. ``unsupported`` counts the refused cases by reason; ``launches`` those of the kernel."""
+    """All of one kernel's hunt. ``unsupported`` counts the refused cases by reason."""
 
     name: str
     suite: str

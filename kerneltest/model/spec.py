@@ -46,7 +46,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadBytes:
-    """Elements of an input that the contract forbids to matter. ``mask`` is boolean and broadcasts from the left."""
+    """Elements of an input that must not matter. ``mask`` is boolean, over the tensor's leading dimensions."""
 
     place: Place
     tensor: str
@@ -75,8 +75,8 @@ class Call:
     """What a kernel's ``plan`` and ``launch`` are given: one case on the device, its buffers poisoned.
 
     ``outputs`` are buffers of the right shape that a kernel may write to and return; one that allocates its own
-    returns those. ``workspace(nbytes)`` gives uint8 scratch memory whose contents are arbitrary. ``plan`` holds what the
-    kernel's ``plan`` returned.
+    returns those. ``workspace(nbytes)`` gives uint8 scratch memory whose contents are arbitrary. ``plan`` holds
+    what the kernel's ``plan`` returned.
     """
 
     case: Case[Any]
@@ -116,11 +116,11 @@ class Operator:
         raise ValueError(f"{self.name} has no input strategy {name!r}; valid: {valid}")
 
 
-def _supports_all(case: Case[Any], device: Device) -> str | None:
+def _supports_all(_case: Case[Any], _device: Device) -> str | None:
     return None
 
 
-def _one_specialisation(case: Case[Any]) -> str:
+def _one_specialisation(_case: Case[Any]) -> str:
     return ""
 
 

@@ -6,11 +6,13 @@ import datetime
 import shlex
 import time
 from pathlib import Path
-
-import pytest
+from typing import TYPE_CHECKING
 
 import kerneltest
 from kerneltest.model import KernelRecord, RunRecord, Unchecked, decode
+
+if TYPE_CHECKING:
+    import pytest
 
 DEFAULT_REPORT = Path("reports") / "kerneltest.html"
 

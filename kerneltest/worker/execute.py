@@ -110,7 +110,7 @@ class Execution:
 
 
 def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner) -> Outcome:
-    """Run and judge one case. Whatever the kernel does wrong comes back as a finding; this raises only for our own mistakes."""
+    """Run and judge one case. Whatever the kernel does wrong is a finding; this raises only for our own mistakes."""
     from kerneltest.worker.checks import judge
 
     start = time.perf_counter()

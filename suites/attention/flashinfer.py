@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FORMATS = {"bfloat16": BF16, "float16": FP16}
 # The size that FlashInfer's documentation recommends.
 WORKSPACE_BYTES = 128 << 20
-# Up to 0.6.18 math.cuh calls 5e4 infinity, so that a row without keys has lse = -5e4 + log2(of nearly nothing). It does the
-# work of -Inf in every merge (2^-49000 is 0); from 0.7 on it is -Inf itself.
+# Up to 0.6.18 math.cuh calls 5e4 infinity, so that a row without keys has lse = -5e4 + log2(something small). It does
+# the work of -Inf in every merge (2^-49000 is 0); from 0.7 on it is -Inf itself.
 NO_KEY_LSE = -49_000.0
 
 

@@ -233,7 +233,7 @@ def budget(
 
 
 def locate(case: Case[PagedPrefill], output: str, index: tuple[int, ...]) -> str:
-    """ "request 3, token 17, head 2, dim 5" for an index into ``out``; ``lse`` has no dim."""
+    """An index in words: "request 3, token 17, head 2, dim 5" for ``out``; ``lse`` has no dim."""
     row = index[0]
     for number, request in enumerate(case.axes.requests):
         if row < request.qo_len:

@@ -75,7 +75,10 @@ def _attend(
     visible: torch.Tensor,
     scale: float,
 ) -> None:
-    """Fill ``terms`` for some rows of one request: q [all rows, q_heads, d], k and v [kv_heads, keys, d], ``visible`` [rows]."""
+    """Fill ``terms`` for some rows of one request.
+
+    ``q`` [all rows, q_heads, d], ``k`` and ``v`` [kv_heads, keys, d], ``visible`` [rows]: keys that each row sees.
+    """
     kv_heads, keys, dim = k.shape
     count = rows.stop - rows.start
     # [kv_heads, group * rows, d]: the query heads that share a KV head become rows of one matrix product

@@ -12,9 +12,9 @@ from .paged_prefill import PagedPrefill, paged_prefill
 if TYPE_CHECKING:
     import torch
 
-# torch's CPU kernel evaluates exp for 16-bit inputs with a cubic in the exponent's fraction (PyTorch pull request 151441,
-# after Malossi et al. 2015), good to about one ulp of fp16. At exp(0) alone it was seen to be off by 5.1e-5: rows of
-# equal weights came out as 1/n times 1.00005. 2^-13 bounds the cubic over the whole interval.
+# torch's CPU kernel evaluates exp for 16-bit inputs with a cubic in the exponent's fraction (PyTorch pull request
+# 151441, after Malossi et al. 2015), good to about one ulp of fp16. Already at exp(0) it was seen to be off by 5.1e-5:
+# rows of equal weights came out as 1/n times 1.00005. 2^-13 bounds the cubic over the whole interval.
 CPU_EXP_16BIT = 2.0**-13
 # Keys between two rescales: the block of the CPU kernel, and the smallest of the CUDA kernels.
 TILE = {"cpu": 512, "cuda": 32}

