@@ -88,9 +88,7 @@ def poison(ordinal: int) -> None:
             end.synchronize()
             times.append(1000 * begin.elapsed_time(end) / LAUNCHES)
         print(f"| {name} | {sorted(times)[len(times) // 2]:.1f} | {100 * share:.4g} % |")
-    print(
-        f"\n{chip.sm_count} SMs with {chip.shared_bytes} bytes of shared memory; median of 9 graphs of {LAUNCHES} launches"
-    )
+    print(f"\n{chip.sm_count} SMs with {chip.shared_bytes} bytes of shared memory; median of 9 x {LAUNCHES} launches")
 
 
 if __name__ == "__main__":

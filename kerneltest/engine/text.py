@@ -19,7 +19,7 @@ def failure_text(caught: Caught, started: Started, replay: str | None, ran: int)
     lines.append(f"  on: {where(started)}")
     if caught.confirmed_of:
         lines.append(
-            f"  found after {caught.seconds_to_find:.1f} s, shrunk for {caught.seconds_to_shrink:.1f} s; {ran} cases run; "
+            f"  found after {caught.seconds_to_find:.1f} s, shrunk for {caught.seconds_to_shrink:.1f} s; {ran} cases; "
             f"the minimal one failed again in {caught.reproduced} of {caught.confirmed_of} runs"
         )
     lines += [f"  seen while shrinking: {other.kind}: {other.what}" for other in caught.others]

@@ -45,7 +45,7 @@ class AccModel:
     EXTRA_STEPS: ClassVar[int] = 16
 
     def gamma(self, k: int) -> float:
-        """Bound on \\|error\\| / Σ|a||b| of a dot product of length ``k``: (ceil(k / k_step) + 16) * u."""
+        """Bound on the error, as a share of Σ|a||b|, of a dot product of length ``k``: (ceil(k / k_step) + 16) * u."""
         return (-(-k // self.k_step) + self.EXTRA_STEPS) * self.u
 
     @property

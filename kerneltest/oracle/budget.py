@@ -11,7 +11,8 @@ from kerneltest.model import Fmt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorBudget:
-    """For one output tensor: ``ref`` and the bound ``hard`` on \\|error\\| before the last rounding, both float64.
+    """For one output tensor: ``ref`` and the bound ``hard`` on its absolute error before the last
+    rounding, both float64.
 
     ``out`` is the format of that last rounding. ``ref`` may hold ±Inf where the contract says so; never NaN. Where it
     is -Inf, the kernel may return ``minus_inf`` or anything below.

@@ -16,7 +16,7 @@ class Comparison:
     """What one output looks like against its budget.
 
     ``nonfinite``: elements that are NaN, or infinite where the reference is not, or finite where it is infinite.
-    ``outside``: finite elements outside the interval. ``used``: the largest \\|error\\| / (bound + ½ ulp) of the
+    ``outside``: finite elements outside the interval. ``used``: the largest error / (bound + half an ulp) of the
     finite elements. ``first`` is the first bad element, ``worst`` the one with the largest share.
     """
 
