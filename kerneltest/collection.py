@@ -188,7 +188,8 @@ def _one_of(option: str, value: str, valid: list[str]) -> None:
 
 def _library(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
-    path = Path(folder).resolve()
+    # Not resolved: a link to an installation is named as it was given.
+    path = Path(os.path.abspath(folder))
     if not (name and equals):
         raise pytest.UsageError(f"--kernel-library: expected NAME=FOLDER, got {text!r}")
     if not ((path / name).is_dir() or (path / f"{name}.py").is_file()):

@@ -174,7 +174,7 @@ class Session:
 
     def _replay_command(self, path: Path) -> str:
         words = ["pytest", self._shown(path)]
-        words += [f"--kernel-library={name}={folder}" for name, folder in self.options.libraries.items()]
+        words += [f"--kernel-library={name}={self._shown(folder)}" for name, folder in self.options.libraries.items()]
         if self.options.device != "auto":
             words.append(f"--kernel-device={self.options.device}")
         return shlex.join(words)

@@ -79,20 +79,27 @@ class _Hunt:
     out_of_time: bool = False
 
     def check(self, case: Case[Any]) -> None:
+        """The property. Raises :class:`_Found` for the bug that is hunted."""
+        if self.shows_prey(case):
+            raise _Found
+        if case in self.outcomes and self.outcomes[case].status is Status.UNSUPPORTED:
+            reject()
+
+    def shows_prey(self, case: Case[Any]) -> bool:
+        """Whether the case fails with the bug that is hunted, which is the first that was met."""
         if self.prey and case not in self.outcomes and time.monotonic() - self.found_at > self.profile.shrink_seconds:
             self.out_of_time = True
-            return
-        outcome = self.outcomes.get(case) or self.run(case)
-        if outcome.status is Status.UNSUPPORTED:
-            reject()
-        if outcome.finding is None:
-            return
+            return False
+        finding = (self.outcomes.get(case) or self.run(case)).finding
+        if finding is None:
+            return False
         if self.prey is None:
-            self.prey, self.found_at = outcome.finding, time.monotonic()
-        if outcome.finding.identity == self.prey.identity:
-            self.minimal = (case, outcome.finding)
-            raise _Found
-        self.others.setdefault(outcome.finding.identity, outcome.finding)
+            self.prey, self.found_at = finding, time.monotonic()
+        if finding.identity == self.prey.identity:
+            self.minimal = (case, finding)
+            return True
+        self.others.setdefault(finding.identity, finding)
+        return False
 
     def run(self, case: Case[Any]) -> Outcome:
         """Run a case in the worker, once: the answer to a case is kept, so that shrinking cannot contradict itself."""
@@ -139,7 +146,15 @@ def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> T
             pass  # every draw was refused: the caller says so in words of its own
         else:
             raise
+    _simplify(state)
     return _trail(state)
+
+
+def _simplify(state: _Hunt) -> None:
+    """Take the steps that the operator knows and Hypothesis does not, for as long as one of them keeps the bug."""
+    simpler = state.target.kernel.operator.simpler
+    while state.minimal is not None and any(state.shows_prey(case) for case in simpler(state.minimal[0])):
+        pass  # any() stops at the first that shows it, which is the new minimal case
 
 
 def replay(target: Target, runner: Runner, profile: Profile, case: Case[Any]) -> Trail:

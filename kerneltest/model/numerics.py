@@ -8,11 +8,12 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True, slots=True)
 class Fmt:
-    """A binary floating-point format with ``t`` significant bits and smallest normal exponent ``emin``."""
+    """A binary floating-point format with ``t`` significant bits and normal exponents ``emin`` to ``emax``."""
 
     name: str
     t: int
     emin: int
+    emax: int
 
     @property
     def u(self) -> float:
@@ -24,10 +25,15 @@ class Fmt:
         """Half of the smallest subnormal: the largest absolute error of rounding below the normal range."""
         return 2.0 ** (self.emin - self.t)
 
+    @property
+    def max(self) -> float:
+        """The largest finite value."""
+        return (2.0 - 2.0 ** (1 - self.t)) * 2.0**self.emax
 
-FP32 = Fmt("float32", 24, -126)
-FP16 = Fmt("float16", 11, -14)
-BF16 = Fmt("bfloat16", 8, -126)
+
+FP32 = Fmt("float32", 24, -126, 127)
+FP16 = Fmt("float16", 11, -14, 15)
+BF16 = Fmt("bfloat16", 8, -126, 127)
 
 
 @dataclass(frozen=True, slots=True)

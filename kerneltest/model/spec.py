@@ -6,7 +6,7 @@ functions that they point to, which only the worker calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,10 @@ class Call:
     plan: Any = None
 
 
+def _nothing_simpler(_case: Case[Any]) -> Iterable[Case[Any]]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operator:
     """WHAT is computed.
@@ -96,6 +100,7 @@ class Operator:
     values and the terms of the error budget, from the host tensors, computed on that torch device.
     ``budget(case, terms, numerics, strategy)``: a budget for each output that can be judged.
     ``locate(case, output, index)``: an index in the words of the domain, such as "request 3, token 17, head 2, dim 5".
+    ``simpler(case)``: cases one step simpler, tried after Hypothesis has shrunk what it drew; must not cycle.
     """
 
     name: str
@@ -106,6 +111,7 @@ class Operator:
     reference: Callable[[Case[Any], Mapping[str, torch.Tensor], str], Any]
     budget: Callable[[Case[Any], Any, Numerics, InputStrategy], Mapping[str, ErrorBudget]]
     locate: Callable[[Case[Any], str, tuple[int, ...]], str]
+    simpler: Callable[[Case[Any]], Iterable[Case[Any]]] = _nothing_simpler
 
     def strategy(self, name: str) -> InputStrategy:
         """The input strategy of that name; raises ValueError that lists the valid ones."""

@@ -46,7 +46,8 @@ def attention_budget(
       η = (1 + T) exp_rel + 2uT + 2^-22 + 2γ_pv(n), because a weight passes its own exponential and up to T factors;
     * rounding p to its format: u_P Σ p|v| (exact worst case), and η_P exp(m - lse) Σ|v| below its normal range.
       When the denominator sums the rounded p as well, o moves by Σ p_j δ_j (v_j - o): u_P |o| on top;
-    * rounding partial outputs to a format narrower than fp32: u_part Σ_s w_s |o_s| <= u_part Σ p|v|.
+    * rounding partial outputs to a format narrower than fp32: u_part Σ_s w_s |o_s| <= u_part Σ p|v|,
+      and η_part below its normal range.
 
     ``exact_p`` leaves out the rounding of p: the inputs make every p a number that needs none.
     """
@@ -65,7 +66,7 @@ def attention_budget(
             # Both sums are off by u_P at most, so their quotient by u_P / (1 - u_P).
             hard = (hard + numerics.p.u * o) / (1 - numerics.p.u)
     if numerics.partial.t < FP32.t:
-        hard = hard + numerics.partial.u * terms.abs_out
+        hard = hard + numerics.partial.u * terms.abs_out + numerics.partial.eta
     budgets = {"out": ErrorBudget(ref=terms.out, hard=hard, out=numerics.out)}
     if numerics.lse_base is not None:
         lse = terms.lse.abs().nan_to_num(posinf=0.0)

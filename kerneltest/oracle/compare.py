@@ -46,9 +46,11 @@ def compare(actual: torch.Tensor, budget: ErrorBudget) -> Comparison:
     inf = budget.ref.isinf()
     # Every comparison is written so that NaN fails it.
     as_expected = torch.where(budget.ref > 0, value == budget.ref, value <= budget.minus_inf)
-    nonfinite = ~torch.where(inf, as_expected, value.isfinite())
-    outside = ~nonfinite & ~inf & ~((low <= value) & (value <= high))
-    judged = ~nonfinite & ~inf
+    # An infinite result is right where the interval reaches beyond the format's range.
+    within = (low <= value) & (value <= high)
+    nonfinite = ~torch.where(inf, as_expected, value.isfinite() | within)
+    outside = ~nonfinite & ~inf & ~within
+    judged = ~inf & value.isfinite()
     share = torch.where(judged, (value - budget.ref).abs() / (budget.hard + budget.half_ulp()), 0.0)
     bad = nonfinite | outside
     first = _unravel(int(bad.flatten().to(torch.uint8).argmax()), value.shape) if bool(bad.any()) else None

@@ -7,9 +7,9 @@ j <= i + kv_len - qo_len (aligned at the bottom right). A row that sees no key h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from kerneltest.model import (
     Case,
@@ -217,8 +217,8 @@ def _indptr(lengths: list[int]) -> torch.Tensor:
 
 
 def reference(case: Case[PagedPrefill], inputs: Mapping[str, torch.Tensor], device: str) -> AttentionTerms:
-    """Float64 values and budget terms; see :mod:`.reference`."""
-    from .reference import paged_attention_terms
+    """Float64 values and budget terms; see :mod:`._reference`."""
+    from ._reference import paged_attention_terms
 
     return paged_attention_terms(inputs, causal=case.axes.causal, sm_scale=case.axes.sm_scale, device=device)
 
@@ -230,6 +230,43 @@ def budget(
     from kerneltest.oracle.attention import attention_budget
 
     return attention_budget(terms, numerics, head_dim=case.axes.head_dim, exact_p=strategy.exact_p)
+
+
+def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
+    """The case with one request less, or one number at its simplest value."""
+    axes = case.axes
+
+    def with_requests(requests: list[Request]) -> Case[PagedPrefill]:
+        return replace(case, axes=replace(axes, requests=tuple(requests)))
+
+    for number, request in enumerate(axes.requests):
+        before, after = axes.requests[:number], axes.requests[number + 1 :]
+        if any(other.qo_len for other in (*before, *after)):
+            yield with_requests([*before, *after])
+        for shorter in (
+            replace(request, qo_len=1),
+            replace(request, kv_len=1),
+            replace(request, kv_len=request.qo_len),
+        ):
+            if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
+                yield with_requests([*before, shorter, *after])
+    simplest: dict[str, Any] = {
+        "dtype": DTYPES[0],
+        "head_dim": HEAD_DIMS[0],
+        "kv_heads": KV_HEADS[0],
+        "group": GROUPS[0],
+        "page_size": PAGE_SIZES[0],
+        "causal": False,
+        "shuffled": False,
+        "spare_pages": 0,
+    }
+    for name, value in simplest.items():
+        if getattr(axes, name) != value:
+            yield replace(case, axes=replace(axes, **{name: value}))
+    if case.inputs != INPUTS[0].name:
+        yield replace(case, inputs=INPUTS[0].name)
+    if case.seed:
+        yield replace(case, seed=0)
 
 
 def locate(case: Case[PagedPrefill], output: str, index: tuple[int, ...]) -> str:
@@ -258,4 +295,5 @@ paged_prefill = Operator(
     reference=reference,
     budget=budget,
     locate=locate,
+    simpler=simpler,
 )

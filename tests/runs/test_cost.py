@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
-from user_project import Project
+
+if TYPE_CHECKING:
+    from user_project import Project, Run
 
 CONFTEST = """
 import json
@@ -25,7 +28,6 @@ OURS = ("kerneltest", "kerneltest_suites", "torch", "triton", "jinja2")
 def unrelated(new_project: Callable[[], Project]) -> Project:
     project = new_project()
     project.write("conftest.py", CONFTEST)
-    project.write("tests/test_plain.py", "def test_plain(): pass\n")
     return project
 
 
@@ -42,10 +44,17 @@ def test_an_unrelated_project_imports_nothing_but_the_hooks(unrelated: Project) 
     assert not any(line.startswith("kerneltest:") for line in run.lines)
 
 
-def test_a_case_json_of_somebody_else_is_left_alone(unrelated: Project) -> None:
+@pytest.fixture
+def strangers(unrelated: Project) -> Run:
+    """A collection in a project where case.json is a name like any other."""
     for folder in ("data", "Mismatch", "a/Mismatch-0123abc", "a/mismatch-0123abcd", "a/Release-unstable"):
         unrelated.write(f"tests/{folder}/case.json", "{}")
-    run = unrelated.pytest("--collect-only", "-q")
-    assert run.code == 0
-    assert run.node_ids == ["tests/test_plain.py::test_plain"]
-    assert loaded(run.out) == ["kerneltest", "kerneltest.plugin"]
+    return unrelated.pytest("--collect-only", "-q")
+
+
+def test_a_case_json_of_somebody_else_is_not_collected(strangers: Run) -> None:
+    assert (strangers.code, strangers.node_ids) == (0, ["tests/test_plain.py::test_plain"])
+
+
+def test_a_case_json_of_somebody_else_costs_nothing(strangers: Run) -> None:
+    assert loaded(strangers.out) == ["kerneltest", "kerneltest.plugin"]

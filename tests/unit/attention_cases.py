@@ -15,7 +15,7 @@ from kerneltest.model import Case
 torch.set_num_threads(1)
 discovery.use_roots([discovery.builtin_root()])
 paged = importlib.import_module(f"{discovery.PACKAGE}.attention.paged_prefill")
-reference = importlib.import_module(f"{discovery.PACKAGE}.attention.reference")
+reference = importlib.import_module(f"{discovery.PACKAGE}.attention._reference")
 PagedPrefill, Request = paged.PagedPrefill, paged.Request
 
 DEFAULTS = {

@@ -211,3 +211,20 @@ def test_one_slot_in_10000_shows_because_the_weights_are_exact() -> None:
     assert judge(counting, tile=64, bug="slot 250")["out"].outside == 3
     excused = InputStrategy(name="count", exact_p=False)
     assert judge(counting, tile=64, bug="slot 250", strategy=excused)["out"].ok
+
+
+def test_partial_outputs_in_16_bits_must_be_declared() -> None:
+    # Keys split at 100 of 300, both parts rounded to bf16 before they are merged. Counting inputs leave no other error.
+    whole = case((4, 300), dtype="bfloat16", head_dim=128, inputs="count")
+    inputs = paged.materialize(whole).inputs
+    terms = paged.reference(whole, inputs, "cpu")
+    first = case((4, 100), dtype="bfloat16", head_dim=128, inputs="count")
+    one = paged.reference(first, paged.materialize(first).inputs, "cpu").out
+    two = (300 * terms.out - 100 * one) / 200
+    merged = (100 * one.bfloat16().double() + 200 * two.bfloat16().double()) / 300
+    verdicts = {}
+    for partial in (FP32, BF16):
+        numerics = Numerics(qk=IEEE_FP32, pv=IEEE_FP32, p=BF16, out=BF16, partial=partial)
+        budgets = paged.budget(whole, terms, numerics, paged.paged_prefill.strategy("count"))
+        verdicts[partial.name] = compare(merged.bfloat16(), budgets["out"]).ok
+    assert verdicts == {"float32": False, "bfloat16": True}

@@ -55,7 +55,7 @@ WITHOUT_TORCH = {
     "strategies",
 }
 # Suite files that declare nothing and that only functions import.
-WORKERS_SUITE_FILES = ("reference", "_triton_prefill")
+WORKERS_SUITE_FILES = ("_reference", "_triton_prefill")
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ TYPING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}\n"
         ("kerneltest_suites.attention.mine", "class K:\n    import flashinfer"),
         ("kerneltest_suites.attention.mine", "from kerneltest.worker import device"),
         ("kerneltest_suites.attention.mine", IN_FUNCTION.format("from kerneltest.engine import repro")),
-        ("kerneltest_suites.attention.mine", "from .reference import paged_attention_terms"),
+        ("kerneltest_suites.attention.mine", "from ._reference import paged_attention_terms"),
         ("kerneltest_suites.attention.mine", "from . import _triton_prefill"),
         ("kerneltest_suites.attention.mine", "from kerneltest.oracle.attention import AttentionTerms"),
     ],
@@ -263,7 +263,7 @@ def test_the_checker_sees(module: str, source: str) -> None:
         ("kerneltest_suites.attention.mine", IN_FUNCTION.format("import torch\n    from . import _triton_prefill")),
         ("kerneltest_suites.attention.mine", TYPING.format("import torch")),
         (
-            "kerneltest_suites.attention.reference",
+            "kerneltest_suites.attention._reference",
             "import torch\nfrom kerneltest.oracle.attention import AttentionTerms",
         ),
     ],

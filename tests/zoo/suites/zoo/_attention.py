@@ -57,7 +57,7 @@ def attend(part: Part, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     s = (part.q @ part.k.transpose(1, 2) * scale).masked_fill(~part.seen, float("-inf"))
     if s.shape[-1] == 0:
         heads, rows, dim = part.q.shape
-        return torch.zeros(rows, heads, dim), torch.full((rows, heads), float("-inf"))
+        return part.q.new_zeros(rows, heads, dim), part.q.new_full((rows, heads), float("-inf"))
     p = torch.exp(s - s.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
     total = p.sum(-1, keepdim=True)
     out = p @ part.v / total.clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,119 @@
+"""Drawing and shrinking without a worker: a runner that answers from a rule shows where shrinking ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_cases import paged
+
+from kerneltest.engine.hunt import Target, hunt, replay
+from kerneltest.engine.profile import PROFILES
+from kerneltest.model import Case, Device, Finding, Kernel, Outcome, Started, Status
+
+CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
+
+
+class Rule:
+    """Fails with the kind that ``rule`` names for a case, passes if it names none, refuses at "unsupported"."""
+
+    def __init__(self, rule: Callable[[Any], str | None]) -> None:
+        self.rule, self.asked = rule, []
+        self.started = Started(device=CPU)
+
+    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
+        self.asked.append(case)
+        kind = self.rule(case)
+        if kind == "unsupported":
+            return Outcome(status=Status.UNSUPPORTED, reason="by rule")
+        if kind is None:
+            return Outcome(status=Status.PASSED, launches=2)
+        return Outcome(status=Status.FAILED, finding=Finding(kind=kind, kernel=kernel.name, key="", what=""))
+
+    def close(self) -> None: ...
+
+
+TARGET = Target(
+    kernel=Kernel(
+        name="rule",
+        operator=paged.paged_prefill,
+        launch=lambda call: {},
+        numerics=lambda case, device: None,  # type: ignore[arg-type, return-value]
+    ),
+    source=Path("rule.py"),
+)
+QUICK = PROFILES["default"]
+
+
+def requests(case: Case[Any]) -> list[tuple[int, int]]:
+    return [(request.qo_len, request.kv_len) for request in case.axes.requests]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("rule", "minimal"),
+    [
+        (lambda c: "Mismatch" if any(r.kv_len > 64 for r in c.axes.requests) else None, [(1, 65)]),
+        (
+            lambda c: "Mismatch" if any(r.qo_len > r.kv_len > 0 for r in c.axes.requests) else None,
+            [(2, 1)],
+        ),
+        (lambda c: "Mismatch" if c.axes.page_size == 16 and c.axes.group > 2 else None, [(1, 1)]),
+        (lambda c: "Mismatch" if len(c.axes.requests) == 2 else None, [(1, 1), (1, 1)]),
+    ],
+)
+def test_shrinks_to_the_smallest_case(seed: int, rule: Callable[[Any], str | None], minimal: Any) -> None:
+    caught = hunt(TARGET, Rule(rule), QUICK, seed).caught
+    assert caught is not None
+    assert sorted(requests(caught.case)) == minimal
+    assert caught.case.axes.kv_heads == 1
+    assert not caught.case.axes.shuffled
+    assert caught.case.axes.spare_pages == 0
+    assert caught.reproduced == caught.confirmed_of == 3
+
+
+def test_does_not_slide_to_another_bug() -> None:
+    def rule(case: Any) -> str | None:
+        longest = max(r.kv_len for r in case.axes.requests)
+        return "StaleState" if longest > 64 else "Mismatch" if longest > 16 else None
+
+    for seed in range(6):
+        caught = hunt(TARGET, Rule(rule), QUICK, seed).caught
+        assert caught is not None
+        longest = max(r.kv_len for r in caught.case.axes.requests)
+        assert (caught.finding.kind, longest) in {("StaleState", 65), ("Mismatch", 17)}
+
+
+def test_counts_distinct_cases_and_refusals() -> None:
+    rule = Rule(lambda c: "unsupported" if c.axes.dtype == "float32" else None)
+    trail = hunt(TARGET, rule, QUICK, 1)
+    assert trail.caught is None
+    assert len({case.id for case in trail.cases}) == len(trail.cases) >= 0.9 * QUICK.cases
+    assert trail.unsupported == {"by rule": len(rule.asked) - len(trail.cases)}
+    assert trail.unsupported["by rule"] > 20
+    assert trail.launches == 2 * len(trail.cases)
+
+
+def test_the_same_seed_draws_the_same_cases() -> None:
+    asked = []
+    for seed in (5, 5, 6):
+        rule = Rule(lambda c: None)
+        hunt(TARGET, rule, QUICK, seed)
+        asked.append([case.id for case in rule.asked])
+    assert asked[0] == asked[1] != asked[2]
+
+
+def test_refusing_everything_is_not_an_error_of_the_hunt() -> None:
+    trail = hunt(TARGET, Rule(lambda c: "unsupported"), QUICK, 1)
+    assert (trail.cases, trail.caught) == ((), None)
+
+
+def test_replay_runs_the_one_case() -> None:
+    rule = Rule(lambda c: "Mismatch")
+    found = hunt(TARGET, Rule(lambda c: "Mismatch"), QUICK, 1).caught
+    assert found is not None
+    trail = replay(TARGET, rule, QUICK, found.case)
+    assert trail.caught is not None
+    assert rule.asked == [found.case]
