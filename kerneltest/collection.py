@@ -20,6 +20,8 @@ from kerneltest.model import Case, Failure, KernelRecord, Verdict, encode
 from kerneltest.session import Options, Session
 
 SESSION = pytest.StashKey[Session]()
+# What the controller of pytest-xdist tells its processes; see kerneltest.plugin.
+SEED = "kernel_seed"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -40,16 +42,38 @@ def add_suites_to_arguments(config: pytest.Config) -> None:
     A pasted node id such as ``suites/attention/flashinfer.py::...`` narrows the run to what it names.
     """
     options = start(config).options
-    folders = [root / suite for root in options.roots for suite in options.suites if (root / suite).is_dir()]
+    folders = [str(root / suite) for root in options.roots for suite in options.suites if (root / suite).is_dir()]
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        config.args = [str(folder) for folder in folders]
+        config.args = folders
         return
-    inside = False
-    for argument in config.args:
-        path = Path(os.path.abspath(config.invocation_params.dir / argument.partition("::")[0]))
-        inside |= any(path.is_relative_to(root) for root in options.roots)
-    if not inside:
-        config.args = [*config.args, *(str(folder) for folder in folders)]
+    here = config.invocation_params.dir
+    narrowed = False
+    for number, argument in enumerate(config.args):
+        path, *names = argument.split("::", 1)
+        absolute = Path(os.path.abspath(here / path))
+        narrowed |= any(absolute.is_relative_to(root) for root in options.roots)
+        if not absolute.exists() and (installed := _suite_file(options, path)):
+            config.args[number] = "::".join([str(installed), *names])
+            narrowed = True
+    if not narrowed:
+        config.args = [*config.args, *folders]
+
+
+def suite_file(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """The collector of a suite file, None for any other file."""
+    options = start(parent.config).options
+    suite = discovery.suite_of(path, options.roots)
+    if suite not in options.suites:
+        return None
+    # An installed suite lies outside of the project: its node ids are those it would have inside.
+    nodeid = None if path.is_relative_to(options.root) else f"suites/{suite}/{path.name}"
+    return SuiteFile.from_parent(parent, path=path, nodeid=nodeid)
+
+
+def _suite_file(options: Options, nodeid_path: str) -> Path | None:
+    folder, *rest = Path(nodeid_path).parts or ("",)
+    candidates = [root.joinpath(*rest) for root in options.roots] if folder == "suites" and rest else []
+    return next((path for path in candidates if path.exists()), None)
 
 
 class SuiteFile(pytest.File):
@@ -59,7 +83,7 @@ class SuiteFile(pytest.File):
         suite = self.path.parent.name
         try:
             kernels = discovery.load_kernels(self.path)
-        except Exception as error:  # whatever an import may raise is a finding about this file alone
+        except (Exception, SystemExit) as error:  # whatever an import may raise is a finding about this file alone
             reason = f"{type(error).__name__}: {error}"
             yield BrokenItem.from_parent(self, name="import", reason=reason, expected=discovery.EXPECTED_FORM)
             return
@@ -87,7 +111,8 @@ class RecordedItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[os.PathLike[str], int | None, str]:
-        return self.path, None, self.name
+        # Not the bare name: pytest would turn its dots into "::", and the line into a node id that is none.
+        return self.path, None, f"kernel {self.name}"
 
 
 class KernelItem(RecordedItem):
@@ -106,8 +131,12 @@ class FixtureFile(pytest.File):
 
     def collect(self) -> Iterator[pytest.Item]:
         try:
+            session = start(self.config)
+        except pytest.UsageError as error:
+            raise self.CollectError(str(error)) from None
+        try:
             read = repro.read(self.path)
-            target = _find(start(self.config), read.suite, read.kernel)
+            target = _find(session, read.suite, read.kernel)
             case: Case[Any] = Case.from_json(read.case, target.kernel.operator.axes)
             target.kernel.operator.strategy(case.inputs)
         except ValueError as error:
@@ -166,8 +195,9 @@ def _options(config: pytest.Config) -> Options:
             f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"
         )
     if option.kernel_seed is None:
-        # Written back, so that every process of a distributed run inherits one seed.
-        option.kernel_seed = random.SystemRandom().randrange(2**32)
+        # Written back for the report. A process of pytest-xdist gets its controller's: one run, one seed.
+        given = getattr(config, "workerinput", {}).get(SEED)
+        option.kernel_seed = random.SystemRandom().randrange(2**32) if given is None else given
     return Options(
         suites=tuple(suites),
         profile=PROFILES[option.kernel_profile],
@@ -178,6 +208,7 @@ def _options(config: pytest.Config) -> Options:
         roots=tuple(roots),
         fixtures=Path(option.kernel_fixtures or config.rootpath / "fixtures"),
         root=config.rootpath,
+        invoked_in=config.invocation_params.dir,
     )
 
 
@@ -214,13 +245,21 @@ def _require_device(session: Session) -> None:
 
 def _find(session: Session, suite: str, name: str) -> Target:
     """The kernel of that name; raises ValueError that lists the valid ones."""
-    known = []
-    for root in session.options.roots:
-        for path in discovery.suite_files(root):
-            if path.parent.name != suite:
-                continue
-            for kernel in discovery.load_kernels(path).values():
-                if kernel.name == name:
-                    return Target(kernel=kernel, source=path)
-                known.append(kernel.name)
-    raise ValueError(f"suite {suite!r} has no kernel {name!r}; valid: {', '.join(known) or 'no such suite'}")
+    files = [path for root in session.options.roots for path in discovery.suite_files(root)]
+    suites = sorted({path.parent.name for path in files})
+    if suite not in suites:
+        raise ValueError(f"unknown suite {suite!r}; valid: {', '.join(suites)}")
+    known: list[str] = []
+    broken: list[str] = []
+    for path in files:
+        if path.parent.name != suite:
+            continue
+        try:
+            kernels = discovery.load_kernels(path)
+        except (Exception, SystemExit) as error:
+            broken.append(f"{path} does not import: {type(error).__name__}: {error}")
+            continue
+        if name in kernels:
+            return Target(kernel=kernels[name], source=path)
+        known += kernels
+    raise ValueError("\n  ".join([f"suite {suite!r} has no kernel {name!r}; valid: {', '.join(known)}", *broken]))

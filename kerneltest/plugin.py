@@ -6,6 +6,7 @@ pytest imports this module in every project of the environment. It imports nothi
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+# <kernel>/<Failure>-<hash>/case.json, as the engine writes it. Anybody may have a file called case.json.
+REPRO_FOLDER = re.compile(r"[A-Z][A-Za-z]*-[0-9a-f]{8}")
+
+
+def is_repro(path: Path) -> bool:
+    """Whether the path has the form of a bug that a hunt wrote down."""
+    return path.name == "case.json" and REPRO_FOLDER.fullmatch(path.parent.name) is not None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kerneltest", "hunting bugs in GPU kernels")
     for name, settings in OPTIONS:
@@ -91,12 +101,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    if file_path.name == "case.json":
+    if is_repro(file_path):
         from kerneltest import collection
-        from kerneltest.engine import repro
 
-        if repro.is_repro(file_path):
-            return collection.FixtureFile.from_parent(parent, path=file_path)
+        return collection.FixtureFile.from_parent(parent, path=file_path)
     if file_path.suffix == ".py" and not parent.session.isinitpath(file_path):
         return pytest_pycollect_makemodule(file_path, parent)
     return None
@@ -107,11 +115,15 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     # Also asked for a suite file that was named on the command line, which pytest would import as a test module.
     if parent.config.option.kernel_suite is None:
         return None
-    from kerneltest import collection, discovery
+    from kerneltest import collection
 
-    options = collection.start(parent.config).options
-    suite = discovery.suite_of(module_path, options.roots)
-    return collection.SuiteFile.from_parent(parent, path=module_path) if suite in options.suites else None
+    return collection.suite_file(module_path, parent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    # pytest-xdist parses the command line again in each of its processes, and would draw a seed in each.
+    node.workerinput["kernel_seed"] = node.config.option.kernel_seed
 
 
 @pytest.hookimpl(wrapper=True)

@@ -35,7 +35,11 @@ from kerneltest.model import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The command line, parsed and valid. ``roots``: folders of suites; ``fixtures``: where found bugs are written."""
+    """The command line, parsed and valid.
+
+    ``roots``: folders of suites. ``fixtures``: where found bugs are written. ``root``: what paths in a report are
+    relative to; ``invoked_in``: what those of a command are.
+    """
 
     suites: tuple[str, ...]
     profile: Profile
@@ -46,6 +50,7 @@ class Options:
     roots: tuple[Path, ...]
     fixtures: Path
     root: Path
+    invoked_in: Path
 
 
 class Session:
@@ -76,7 +81,7 @@ class Session:
             for path in discovery.suite_files(root):
                 try:
                     found.update(kernel.library for kernel in discovery.load_kernels(path).values())
-                except Exception:  # noqa: S112  (a broken suite file has an item of its own that says so)
+                except (Exception, SystemExit):  # noqa: S112  (a broken suite file has an item of its own)
                     continue
         return tuple(sorted(library for library in found if library))
 
@@ -170,14 +175,22 @@ class Session:
         return int.from_bytes(hashlib.sha256(f"{self.options.seed}/{kernel.name}".encode()).digest()[:8])
 
     def _shown(self, path: Path) -> str:
-        return str(path.relative_to(self.options.root) if path.is_relative_to(self.options.root) else path)
+        return _relative(path, self.options.root)
 
     def _replay_command(self, path: Path) -> str:
-        words = ["pytest", self._shown(path)]
-        words += [f"--kernel-library={name}={self._shown(folder)}" for name, folder in self.options.libraries.items()]
+        here = self.options.invoked_in
+        words = ["pytest", _relative(path, here)]
+        words += [
+            f"--kernel-library={name}={_relative(folder, here)}" for name, folder in self.options.libraries.items()
+        ]
         if self.options.device != "auto":
             words.append(f"--kernel-device={self.options.device}")
         return shlex.join(words)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The path as seen from the folder, if it lies in it."""
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _unmet(kernel: Kernel, started: Started) -> str | None:

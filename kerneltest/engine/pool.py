@@ -27,7 +27,10 @@ from kerneltest.model import Case, Finding, Kernel, Outcome, Run, Start, Started
 START_DEADLINE = 300.0
 STDERR_LINES = 12
 LAST_WORDS_SECONDS = 0.2
-SPARES = 2
+# How faulthandler begins what it writes; the innermost frame comes first.
+TRACE_STARTS = ("Fatal Python error", "Current thread", "Stack (most recent call first)")
+WORKER_FRAMES = os.path.join("kerneltest", "worker", "")
+SPARES = max(2, min(4, (os.cpu_count() or 1) // 2))
 
 
 class WorkerFailed(Exception):
@@ -72,7 +75,9 @@ class _Process:
         )
         self.warm: set[tuple[str, str]] = set()
         self._buffer = b""
-        self._send(encode(start))
+        self._asked_at = 0
+        with contextlib.suppress(BrokenPipeError):  # a process that is dead already is found by receive
+            self._send(encode(start))
 
     def receive(self, deadline: float) -> Any | Death:
         """The next answer, or how the process ended instead."""
@@ -91,6 +96,7 @@ class _Process:
         return json.loads(line)
 
     def ask(self, message: Any, deadline: float) -> Any | Death:
+        self._asked_at = os.fstat(self._stderr.fileno()).st_size
         try:
             self._send(message)
         except BrokenPipeError:
@@ -125,9 +131,16 @@ class _Process:
         return death
 
     def _last_words(self) -> tuple[str, ...]:
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").splitlines()
-        return tuple(line for line in lines if line.strip())[-STDERR_LINES:]
+        """What the process wrote since it was last asked: its message, then the trace from the innermost frame on."""
+        self._stderr.seek(self._asked_at)
+        lines = [line for line in self._stderr.read().decode(errors="replace").splitlines() if line.strip()]
+        starts = [number for number, line in enumerate(lines) if line.startswith(TRACE_STARTS)]
+        if not starts:
+            return tuple(lines[-STDERR_LINES:])
+        before, trace = lines[: starts[0]], lines[starts[0] :]
+        # Below the kernel's own frames come those of this package, and then lists of modules.
+        own = [number for number, line in enumerate(trace) if WORKER_FRAMES in line]
+        return (*before[-STDERR_LINES:], *trace[: own[0] if own else STDERR_LINES])
 
 
 class WorkerPool:
@@ -185,7 +198,8 @@ class WorkerPool:
             worker = self._spares.popleft() if self._spares else _Process(self._start, self._libraries)
             answer = worker.receive(START_DEADLINE)
             if isinstance(answer, Death):
-                raise WorkerFailed("the worker process could not start:\n  " + "\n  ".join(answer.stderr))
+                how = _how_it_ended(answer)
+                raise WorkerFailed("\n  ".join((f"the worker process could not start: {how}", *answer.stderr)))
             self._started = self._started or decode(Started, answer)
             self._worker = worker
             while self.deaths and len(self._spares) < SPARES:
@@ -218,12 +232,16 @@ def _death(kernel: Kernel, death: Death, seconds: float) -> Finding:
     if death.returncode is None:
         what = f"no answer after {seconds:.1f} s; the worker was killed"
         return Finding(kind="Hung", kernel=kernel.name, key="deadline", what=what, details=lines)
-    try:
-        how = (
-            f"signal {signal.Signals(-death.returncode).name}"
-            if death.returncode < 0
-            else f"exit status {death.returncode}"
-        )
-    except ValueError:
-        how = f"signal {-death.returncode}"
+    how = _how_it_ended(death)
     return Finding(kind="Crashed", kernel=kernel.name, key=how, what=f"the worker process died: {how}", details=lines)
+
+
+def _how_it_ended(death: Death) -> str:
+    if death.returncode is None:
+        return f"no answer after {START_DEADLINE:.0f} s"
+    if death.returncode >= 0:
+        return f"exit status {death.returncode}"
+    try:
+        return f"signal {signal.Signals(-death.returncode).name}"
+    except ValueError:
+        return f"signal {-death.returncode}"

@@ -21,12 +21,6 @@ def slug(kernel: str) -> str:
     return kernel.replace("[", "-").replace("]", "").replace("/", "-")
 
 
-def is_repro(path: Path) -> bool:
-    """Whether the path has the form <kernel>/<Failure>-<hash>/case.json."""
-    kind, dash, digest = path.parent.name.partition("-")
-    return path.name == FILE_NAME and bool(dash) and kind[:1].isupper() and len(digest) == 8
-
-
 def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
     """Write ``<folder>/<kernel>/<failure>-<hash>/case.json`` and return its path. The same bug gets the same name."""
     finding, case = caught.finding, caught.case
@@ -50,8 +44,8 @@ def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
 
 
 def read(path: Path) -> Repro:
-    """Inverse of :func:`write`; raises :class:`DecodeError` that names the file, the reason and the expected form."""
+    """Inverse of :func:`write`; raises :class:`DecodeError` with the reason alone."""
     try:
         return decode(Repro, json.loads(path.read_text()))
-    except (ValueError, OSError) as error:  # JSONDecodeError and DecodeError are ValueErrors
-        raise DecodeError(f"{path}: {error}\nexpected: {EXPECTED_FORM}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise DecodeError(f"not a JSON file: {error}") from error

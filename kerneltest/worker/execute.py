@@ -114,8 +114,12 @@ def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner)
     from kerneltest.worker.checks import judge
 
     start = time.perf_counter()
-    if reason := kernel.unsupported(case, device):
-        return Outcome(status=Status.UNSUPPORTED, reason=reason)
+    try:
+        if reason := kernel.unsupported(case, device):
+            return Outcome(status=Status.UNSUPPORTED, reason=reason)
+        kernel.numerics(case, device)  # wanted much later, but what it raises belongs to the kernel as well
+    except Exception as error:
+        return _raised(kernel, error, device, 0, time.perf_counter() - start)
     execution = Execution(kernel, case, device, poisoner)
     try:
         for pattern in execution.strategy.patterns:

@@ -131,7 +131,7 @@ def test_a_kernel_that_ends_its_process_is_a_finding(both: Both) -> None:
     assert text[1] == "  the worker process died: exit status 3"
     assert "  stderr: last words" in text
     # It does not crash a second time, and the text does not pretend that it does.
-    (count,) = (line for line in text if line.startswith("  found after"))
+    count = next(line for line in text if line.startswith("  found after"))
     assert re.search(r"failed again in 0 of 3 runs$", count)
 
 
@@ -156,6 +156,6 @@ def test_a_worker_that_cannot_start_fails_every_kernel_in_words(new_project: Cal
     for _, name, text in project.junit("junit.xml"):
         assert name in ("mine.one", "mine.two")
         lines = text.splitlines()
-        assert lines[0] == "the worker process could not start:"
+        assert lines[0] == "the worker process could not start: exit status 1"
         assert lines[-1] == "  ImportError: libcudart.so.12: cannot open shared object file"
         assert f"unchecked suites/mine/mine.py::{name}: {lines[0]}" in run.lines

@@ -224,5 +224,8 @@ def test_a_worker_that_cannot_start_says_why(
             _ = pool.started
     finally:
         pool.close()
-    assert str(caught.value) == "the worker process could not start:\n  libcuda.so.1: cannot open shared object"
+    assert (
+        str(caught.value)
+        == "the worker process could not start: exit status 127\n  libcuda.so.1: cannot open shared object"
+    )
     assert own_children() == before

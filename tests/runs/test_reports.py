@@ -101,7 +101,7 @@ def test_the_failure_is_the_whole_text_and_no_traceback(story: Story) -> None:
     for line, pattern in zip(failure_text(story.first), FAILURE, strict=True):
         assert re.fullmatch(pattern, line)
     start = story.first.lines.index("Mismatch in mine.bad")
-    assert story.first.lines[start - 1].strip("_") == " mine.bad "
+    assert story.first.lines[start - 1].strip("_") == " kernel mine.bad "
     assert story.first.lines[start + len(FAILURE)].startswith("---")
     (line,) = (line for line in story.first.lines if line.startswith("FAILED "))
     assert line == "FAILED suites/mine/mine.py::mine.bad - Mismatch in mine.bad"
