@@ -23,7 +23,17 @@ from kerneltest.model.messages import Device, Outcome, Run, Start, Started, Stat
 from kerneltest.model.numerics import BF16, FP16, FP32, IEEE_FP32, WGMMA_16BIT, AccModel, Fmt, Numerics
 from kerneltest.model.poison import Coverage, Pattern, Place
 from kerneltest.model.record import CaseRecord, FailureRecord, KernelRecord, RunRecord, Unchecked, Verdict
-from kerneltest.model.spec import Call, DeadBytes, InputStrategy, Kernel, Materials, Operator, OutputSpec, Size
+from kerneltest.model.spec import (
+    Call,
+    DeadBytes,
+    ErrorBudget,
+    InputStrategy,
+    Kernel,
+    Materials,
+    Operator,
+    OutputSpec,
+    Size,
+)
 
 __all__ = [
     "BF16",
@@ -41,6 +51,7 @@ __all__ = [
     "DeadBytes",
     "DecodeError",
     "Device",
+    "ErrorBudget",
     "Failure",
     "FailureRecord",
     "Finding",

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model.case import Case
 from kerneltest.model.messages import Device
-from kerneltest.model.numerics import Numerics
+from kerneltest.model.numerics import Fmt, Numerics
 from kerneltest.model.poison import Pattern, Place
 
 if TYPE_CHECKING:
     import torch
     from hypothesis.strategies import SearchStrategy
-
-    from kerneltest.oracle.budget import ErrorBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +66,21 @@ class Materials:
     inputs: Mapping[str, torch.Tensor]
     dead: tuple[DeadBytes, ...]
     outputs: Mapping[str, OutputSpec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorBudget:
+    """What one output must be, and how far the declared arithmetic may take it from there.
+
+    ``ref`` and ``hard``, the bound on the absolute error before the last rounding, are float64.
+    ``out`` is the format of that last rounding. ``ref`` may hold ±Inf where the contract says so; never NaN. Where it
+    is -Inf, the kernel may return ``minus_inf`` or anything below.
+    """
+
+    ref: torch.Tensor
+    hard: torch.Tensor
+    out: Fmt
+    minus_inf: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kerneltest.model import FP32, Numerics
-from kerneltest.oracle.budget import ErrorBudget
+from kerneltest.model import FP32, ErrorBudget, Numerics
 
 # Relative error of the division (or reciprocal and product) at the end, and absolute error of the logarithm.
 DIVISION = 2.0**-22

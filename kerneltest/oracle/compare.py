@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kerneltest.oracle.budget import ErrorBudget
+from kerneltest.model import ErrorBudget
+from kerneltest.oracle.rounding import half_ulp, interval
 
 Index = tuple[int, ...]
 
@@ -42,7 +43,7 @@ def compare(actual: torch.Tensor, budget: ErrorBudget) -> Comparison:
     if actual.numel() == 0:
         return Comparison(total=0, nonfinite=0, outside=0, used=0.0, first=None, worst=None)
     value = actual.double().to(budget.ref.device)
-    low, high = budget.interval()
+    low, high = interval(budget)
     inf = budget.ref.isinf()
     # Every comparison is written so that NaN fails it.
     as_expected = torch.where(budget.ref > 0, value == budget.ref, value <= budget.minus_inf)
@@ -51,7 +52,7 @@ def compare(actual: torch.Tensor, budget: ErrorBudget) -> Comparison:
     nonfinite = ~torch.where(inf, as_expected, value.isfinite() | within)
     outside = ~nonfinite & ~inf & ~within
     judged = ~inf & value.isfinite()
-    share = torch.where(judged, (value - budget.ref).abs() / (budget.hard + budget.half_ulp()), 0.0)
+    share = torch.where(judged, (value - budget.ref).abs() / (budget.hard + half_ulp(budget)), 0.0)
     bad = nonfinite | outside
     first = _unravel(int(bad.flatten().to(torch.uint8).argmax()), value.shape) if bool(bad.any()) else None
     worst = _unravel(int(share.flatten().argmax()), value.shape)

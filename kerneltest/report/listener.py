@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kerneltest
-from kerneltest.model import KernelRecord, RunRecord, Unchecked, decode
+from kerneltest.model import KernelRecord, RunRecord, Unchecked, Verdict, decode
 
 if TYPE_CHECKING:
     import pytest
@@ -90,6 +90,8 @@ def _write(path: Path, text: str) -> Path:
 def _lines(run: RunRecord) -> list[str]:
     lines = []
     for kernel in run.kernels:
+        if kernel.verdict is Verdict.UNCHECKED:
+            continue  # has a line of its own below, with the reason
         used = ", ".join(f"{output} {share:.2f}" for output, share in kernel.used.items()) or "-"
         refused = sum(kernel.unsupported.values())
         lines.append(

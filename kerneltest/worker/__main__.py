@@ -16,6 +16,8 @@ def main() -> None:
     # Whatever a library prints belongs to stderr, which the parent keeps; the protocol has a descriptor of its own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    # A process that dies does not flush: what a kernel printed last is worth most then.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     # A dying process names the Python line that it was in, and so does a hanging one when it is asked.
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1, all_threads=False)

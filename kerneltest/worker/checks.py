@@ -9,7 +9,8 @@ import torch
 
 from kerneltest.model import Finding, Pattern, Place
 from kerneltest.oracle.compare import Comparison, compare
-from kerneltest.worker.execute import Execution, Observation
+from kerneltest.oracle.rounding import interval
+from kerneltest.worker.execution import Execution, Observation
 from kerneltest.worker.poison import as_bits, holds
 
 # How often a pair of launches is repeated before its difference is blamed on a poison.
@@ -139,7 +140,7 @@ def _difference(
 
 
 def _outside(execution: Execution, name: str, value: torch.Tensor) -> torch.Tensor:
-    low, high = (bound.cpu() for bound in execution.budgets[name].interval())
+    low, high = (bound.cpu() for bound in interval(execution.budgets[name]))
     return ~((low <= value.double()) & (value.double() <= high))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kerneltest.model import (
     Case,
     DeadBytes,
+    ErrorBudget,
     InputStrategy,
     Materials,
     Numerics,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from hypothesis import strategies as st
 
     from kerneltest.oracle.attention import AttentionTerms
-    from kerneltest.oracle.budget import ErrorBudget
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")

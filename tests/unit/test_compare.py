@@ -11,9 +11,9 @@ from attention_cases import draws
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kerneltest.model import BF16, FP16, FP32, Fmt
-from kerneltest.oracle.budget import ErrorBudget, round_to
+from kerneltest.model import BF16, FP16, FP32, ErrorBudget, Fmt
 from kerneltest.oracle.compare import compare
+from kerneltest.oracle.rounding import round_to
 
 FORMATS = {fmt.name: fmt for fmt in (BF16, FP16, FP32)}
 INF, NAN = math.inf, math.nan

@@ -39,8 +39,6 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     # The worker without a process, for debuggers.
     ("kerneltest.engine.pool", "InProcess", "worker"),
-    # Declarations name the types of what only the worker makes.
-    ("kerneltest.model.spec", "TYPE_CHECKING", "oracle"),
 }
 HEAVY = {"torch", "triton", "flashinfer", "cuda", "numpy"}
 WITHOUT_TORCH = {
@@ -198,9 +196,10 @@ TYPING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}\n"
         ("kerneltest.model.case", IN_FUNCTION.format("__import__('torch.cuda')")),
         ("kerneltest.model.case", "from kerneltest import discovery"),
         ("kerneltest.model.case", "from .. import discovery"),
-        ("kerneltest.model.case", TYPING.format("from kerneltest.oracle.budget import ErrorBudget")),
-        ("kerneltest.model.spec", "from kerneltest.oracle.budget import ErrorBudget"),
-        ("kerneltest.model.spec", IN_FUNCTION.format("from kerneltest.oracle.budget import ErrorBudget")),
+        ("kerneltest.model.case", TYPING.format("from kerneltest.oracle.rounding import ErrorBudget")),
+        ("kerneltest.model.spec", "from kerneltest.oracle.rounding import ErrorBudget"),
+        ("kerneltest.model.spec", TYPING.format("from kerneltest.oracle.rounding import ErrorBudget")),
+        ("kerneltest.model.spec", IN_FUNCTION.format("from kerneltest.oracle.rounding import ErrorBudget")),
         ("kerneltest.model.spec", TYPING.format("import kerneltest.worker.serve")),
         ("kerneltest.model.spec", TYPING.format("pass\nelse:\n    import torch")),
         ("kerneltest.oracle.compare", "from kerneltest.worker import checks"),
@@ -251,7 +250,7 @@ def test_the_checker_sees(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("kerneltest.model.case", "import json\nfrom kerneltest.model.codec import encode\nfrom . import codec"),
-        ("kerneltest.model.spec", TYPING.format("import torch\n    from kerneltest.oracle.budget import ErrorBudget")),
+        ("kerneltest.model.spec", TYPING.format("import torch")),
         ("kerneltest.oracle.compare", "import torch\nfrom kerneltest.model import Fmt"),
         (
             "kerneltest.engine.pool",
