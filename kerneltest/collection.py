@@ -65,8 +65,8 @@ def suite_file(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     suite = discovery.suite_of(path, options.roots)
     if suite not in options.suites:
         return None
-    # An installed suite lies outside of the project: its node ids are those it would have inside.
-    nodeid = None if path.is_relative_to(options.root) else f"suites/{suite}/{path.name}"
+    # An installed suite lies somewhere else: its node ids are those it would have in the project.
+    nodeid = None if path.is_relative_to(options.root / "suites") else f"suites/{suite}/{path.name}"
     return SuiteFile.from_parent(parent, path=path, nodeid=nodeid)
 
 

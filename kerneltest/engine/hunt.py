@@ -102,15 +102,19 @@ class _Hunt:
         return False
 
     def run(self, case: Case[Any]) -> Outcome:
-        """Run a case in the worker, once: the answer to a case is kept, so that shrinking cannot contradict itself."""
+        """Run a case and keep its outcome: asked again, shrinking cannot contradict itself."""
+        outcome = self.outcomes[case] = self.run_again(case)
+        if outcome.status is Status.UNSUPPORTED:
+            self.unsupported[outcome.reason or "no reason given"] += 1
+        return outcome
+
+    def run_again(self, case: Case[Any]) -> Outcome:
+        """Run a case in the worker, whatever is known of it."""
         profile = self.profile
         outcome = self.runner.run(
             self.target.kernel, self.target.source, case, deadline=profile.deadline, cold=profile.cold_deadline
         )
-        self.outcomes[case] = outcome
         self.launches += outcome.launches
-        if outcome.status is Status.UNSUPPORTED:
-            self.unsupported[outcome.reason or "no reason given"] += 1
         return outcome
 
 
@@ -173,7 +177,7 @@ def _trail(state: _Hunt, confirmations: int = CONFIRMATIONS) -> Trail:
         ended = time.monotonic()
         reproduced = 0
         for _ in range(confirmations):
-            again = state.run(case).finding
+            again = state.run_again(case).finding
             reproduced += again is not None and again.identity == finding.identity
         caught = Caught(
             finding=finding,

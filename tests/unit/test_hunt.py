@@ -117,3 +117,18 @@ def test_replay_runs_the_one_case() -> None:
     trail = replay(TARGET, rule, QUICK, found.case)
     assert trail.caught is not None
     assert rule.asked == [found.case]
+
+
+def test_a_failure_that_does_not_come_again_stays_a_failure() -> None:
+    failed: list[Any] = []
+
+    def once(case: Any) -> str | None:
+        if case in failed:
+            return None
+        failed.append(case)
+        return "Mismatch"
+
+    trail = hunt(TARGET, Rule(once), QUICK, 1)
+    assert trail.caught is not None
+    assert (trail.caught.reproduced, trail.caught.confirmed_of) == (0, 3)
+    assert all(case.status is Status.FAILED for case in trail.cases)
