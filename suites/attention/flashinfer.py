@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = {"bfloat16": BF16, "float16": FP16}
-# The size that FlashInfer's documentation recommends.
-WORKSPACE_BYTES = 128 << 20
+# The size that FlashInfer's documentation recommends. It is not always enough: see workspace_bytes.
+RECOMMENDED_WORKSPACE = 128 << 20
+# What fa2's planner (PrefillPlan in scheduler.cuh) reckons with: blocks on an SM, and query rows of a block at most.
+BLOCKS_PER_SM = 2
+MAX_ROWS_OF_A_BLOCK = 128
 # Up to 0.6.18 math.cuh calls 5e4 infinity, so that a row without keys has lse = -5e4 + log2(something small). It does
 # the work of -Inf in every merge (2^-49000 is 0); from 0.7 on it is -Inf itself.
 NO_KEY_LSE = -49_000.0
@@ -29,7 +32,9 @@ def planner(backend: str) -> Callable[[Call], Any]:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         axes, x = call.case.axes, call.inputs
-        wrapper = BatchPrefillWithPagedKVCacheWrapper(call.workspace(WORKSPACE_BYTES), "NHD", backend=backend)
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(
+            call.workspace(workspace_bytes(call.case, call.device)), "NHD", backend=backend
+        )
         wrapper.plan(
             x["qo_indptr"],
             x["kv_indptr"],
@@ -47,6 +52,17 @@ def planner(backend: str) -> Callable[[Call], Any]:
         return wrapper
 
     return plan
+
+
+def workspace_bytes(case: Case[PagedPrefill], device: Device) -> int:
+    """What a caller must provide so that no plan of this case can run out of workspace, which FlashInfer refuses.
+
+    If the planner splits the keys, it keeps an output of ``head_dim`` and its sum in fp32 for every row of every block,
+    for all query heads of a KV head, with ``BLOCKS_PER_SM`` blocks on each SM at most.
+    """
+    rows = BLOCKS_PER_SM * device.units * MAX_ROWS_OF_A_BLOCK * case.axes.group
+    alignment = 1 << 10
+    return max(RECOMMENDED_WORKSPACE, rows * (case.axes.head_dim + 1) * 4 + alignment)
 
 
 def launch(call: Call) -> dict[str, torch.Tensor]:

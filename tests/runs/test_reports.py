@@ -121,7 +121,6 @@ def test_terminal_section(story: Story) -> None:
     expected = [
         r"red       mine\.bad: \d+ cases, 0 unsupported, budget used .*, \d+\.\d s",
         r"green     mine\.good: 3 cases, 0 unsupported, budget used out 0\.\d\d, \d+\.\d s",
-        r"unchecked mine\.elsewhere: 0 cases, 0 unsupported, budget used -, \d+\.\d s",
         r"poison    allocator pool: [\d.]+ % proven \(\d+ blocks of torch\.empty, \d+ MiB together\)",
         r"unchecked mine\.good: output lse: the kernel does not return it",
         r"unchecked mine\.elsewhere: needs a cuda device, this is cpu",
@@ -169,7 +168,8 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
 
 def test_json_summary_agrees_with_the_terminal(story: Story) -> None:
     run, lines = summary(story), terminal_section(story.first)
-    for kernel, line in zip(run["kernels"], lines, strict=False):
+    ran = [kernel for kernel in run["kernels"] if kernel["verdict"] != "unchecked"]
+    for kernel, line in zip(ran, lines, strict=False):
         used = ", ".join(f"{output} {share:.2f}" for output, share in kernel["used"].items()) or "-"
         assert (
             line.split()
@@ -179,7 +179,7 @@ def test_json_summary_agrees_with_the_terminal(story: Story) -> None:
             ).split()
         )
     assert run["cases"] == sum(kernel["cases"] for kernel in run["kernels"])
-    assert [f"unchecked {item['what']}: {item['why']}" for item in run["unchecked"]] == lines[4:8]
+    assert [f"unchecked {item['what']}: {item['why']}" for item in run["unchecked"]] == lines[3:7]
 
 
 def test_json_summary_holds_the_failure(story: Story) -> None:
