@@ -10,8 +10,8 @@ hunt: $(VENV)/.hunt  ## hunt the attention kernels on whatever device is here, a
 	$(PYTEST) --kernel-suite=attention
 
 test: $(VENV)/.dev  ## the tests of kerneltest itself, and every bug ever found, replayed
-	$(PYTEST) tests -m "not gpu"
 	$(PYTEST) fixtures -rs
+	$(PYTEST) tests -m "not gpu"
 
 test-gpu:  ## the tests that need a GPU; PYTEST="python3 -m pytest -p kerneltest.plugin" runs them without an installation
 	$(PYTEST) tests -m gpu

@@ -55,6 +55,7 @@ class Trail:
 
 # How often the minimal case is run again after shrinking, to say whether it fails every time.
 CONFIRMATIONS = 3
+LEAST_PATIENCE = 2.0
 
 
 class _Found(Exception):
@@ -77,6 +78,7 @@ class _Hunt:
     minimal: tuple[Case[Any], Finding] | None = None
     others: dict[tuple[str, str, str], Finding] = field(default_factory=dict)
     out_of_time: bool = False
+    slowest: float = 0.0
 
     def check(self, case: Case[Any]) -> None:
         """The property. Raises :class:`_Found` for the bug that is hunted."""
@@ -110,12 +112,23 @@ class _Hunt:
 
     def run_again(self, case: Case[Any]) -> Outcome:
         """Run a case in the worker, whatever is known of it."""
-        profile = self.profile
         outcome = self.runner.run(
-            self.target.kernel, self.target.source, case, deadline=profile.deadline, cold=profile.cold_deadline
+            self.target.kernel, self.target.source, case, deadline=self.deadline, cold=self.profile.cold_deadline
         )
         self.launches += outcome.launches
+        if outcome.status is Status.PASSED:
+            self.slowest = max(self.slowest, outcome.seconds)
         return outcome
+
+    @property
+    def deadline(self) -> float:
+        """Seconds for a case. While a hang is shrunk, ten times the slowest case that passed are enough.
+
+        The whole deadline for every smaller case that hangs as well would leave time for only a few of them.
+        """
+        if self.prey is None or self.prey.kind != "Hung":
+            return self.profile.deadline
+        return min(self.profile.deadline, max(LEAST_PATIENCE, 10 * self.slowest))
 
 
 def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> Trail:

@@ -154,6 +154,8 @@ class WorkerPool:
         self._worker: _Process | None = None
         self._spares: deque[_Process] = deque()
         self._started: Started | None = None
+        # A case of each specialisation that passed, as its message.
+        self._passed: dict[tuple[str, str], Any] = {}
         self.deaths = 0
 
     @property
@@ -165,9 +167,20 @@ class WorkerPool:
         return self._started
 
     def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
-        """Run a case; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`."""
-        worker = self._ready()
+        """Run a case; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`.
+
+        ``cold`` is the deadline in seconds where something may have to be compiled first, ``deadline`` that of a warm
+        worker. After a death a case that passed before is run again first: otherwise every new worker would
+        allow the next hang the time of a compiler.
+        """
         module = (kernel.name, kernel.specialisation(case))
+        worker = self._ready()
+        if module not in worker.warm and module in self._passed:
+            if isinstance(worker.ask(self._passed[module], cold), Death):
+                self._replace()
+                worker = self._ready()
+            else:
+                worker.warm.add(module)
         begun = time.monotonic()
         message = encode(Run(source=str(source), kernel=kernel.name, case=encode(case)))
         answer = worker.ask(message, deadline if module in worker.warm else cold)
@@ -176,7 +189,10 @@ class WorkerPool:
             seconds = time.monotonic() - begun
             return Outcome(status=Status.FAILED, seconds=seconds, finding=_death(kernel, answer, seconds), fatal=True)
         outcome = decode(Outcome, answer)
-        worker.warm.add(module)
+        if outcome.launches:  # a case that was refused has compiled nothing
+            worker.warm.add(module)
+        if outcome.status is Status.PASSED:
+            self._passed.setdefault(module, message)
         if outcome.fatal:
             worker.kill()
             self._replace()

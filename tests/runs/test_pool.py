@@ -59,6 +59,12 @@ def leave_a_child(call):
     return a.healthy(call)
 
 
+def compile_first(call):
+    time.sleep(3)
+    return a.healthy(call)
+
+
+compiling = kernel("pooled.compile", compile_first, unsupported=lambda case, device: None if case.seed else "no")
 hanging = kernel("pooled.hang", hang)
 dying = kernel("pooled.segfault", segfault)
 parent = kernel("pooled.parent", leave_a_child)
@@ -139,7 +145,10 @@ def pooled(new_project: Callable[[], Project], modules: None) -> Pooled:
     try:
         run("warm", "pooled.hang", 0)
         run("hung", "pooled.hang", DEPTH)
+        run("hung again", "pooled.hang", DEPTH)
         run("after hung", "pooled.hang", 0)
+        run("refused", "pooled.compile", 0)
+        run("compiled", "pooled.compile", 1)
         run("died", "pooled.segfault", DEPTH)
         run("after death", "pooled.parent", 0)
         result.deaths = pool.deaths
@@ -162,6 +171,19 @@ def test_a_launch_that_does_not_come_back_is_killed_at_its_deadline(pooled: Pool
     assert (outcome.finding.kind, outcome.finding.kernel) == ("Hung", "pooled.hang")
     assert outcome.finding.what == f"no answer after {outcome.seconds:.1f} s; the worker was killed"
     assert DEADLINE <= outcome.seconds <= pooled.seconds["hung"] < 20 * DEADLINE
+
+
+def test_a_new_worker_does_not_get_the_time_of_a_compiler_for_what_has_run_before(pooled: Pooled) -> None:
+    again = pooled.outcomes["hung again"]
+    assert again.finding is not None
+    assert again.finding.kind == "Hung"
+    assert again.seconds < 20 * DEADLINE < COLD
+
+
+def test_a_refused_case_has_compiled_nothing(pooled: Pooled) -> None:
+    assert pooled.outcomes["refused"].status is Status.UNSUPPORTED
+    assert pooled.outcomes["compiled"].status is Status.PASSED
+    assert pooled.outcomes["compiled"].seconds > DEADLINE
 
 
 def test_the_line_that_hangs_is_named(pooled: Pooled) -> None:
@@ -189,7 +211,7 @@ def test_the_line_that_died_is_named(pooled: Pooled) -> None:
 def test_the_next_case_finds_a_new_worker(pooled: Pooled) -> None:
     assert pooled.outcomes["after hung"].status is Status.PASSED
     assert pooled.outcomes["after death"].status is Status.PASSED
-    assert pooled.deaths == 2
+    assert pooled.deaths == 3
 
 
 def test_close_leaves_no_process_behind(pooled: Pooled) -> None:

@@ -20,11 +20,12 @@ class Rule:
     """Fails with the kind that ``rule`` names for a case, passes if it names none, refuses at "unsupported"."""
 
     def __init__(self, rule: Callable[[Any], str | None]) -> None:
-        self.rule, self.asked = rule, []
+        self.rule, self.asked, self.deadlines = rule, [], []
         self.started = Started(device=CPU)
 
     def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
         self.asked.append(case)
+        self.deadlines.append(deadline)
         kind = self.rule(case)
         if kind == "unsupported":
             return Outcome(status=Status.UNSUPPORTED, reason="by rule")
@@ -132,3 +133,17 @@ def test_a_failure_that_does_not_come_again_stays_a_failure() -> None:
     assert trail.caught is not None
     assert (trail.caught.reproduced, trail.caught.confirmed_of) == (0, 3)
     assert all(case.status is Status.FAILED for case in trail.cases)
+
+
+def test_a_hang_is_shrunk_with_less_patience() -> None:
+    rule = Rule(lambda c: "Hung" if c.axes.causal else None)
+    caught = hunt(TARGET, rule, QUICK, 1).caught
+    assert caught is not None
+    first = next(number for number, case in enumerate(rule.asked) if case.axes.causal)
+    assert set(rule.deadlines[: first + 1]) == {QUICK.deadline}
+    assert set(rule.deadlines[first + 1 :]) == {2.0}
+    assert len(rule.deadlines) > first + 4
+
+    rule = Rule(lambda c: "Mismatch" if c.axes.causal else None)
+    hunt(TARGET, rule, QUICK, 1)
+    assert set(rule.deadlines) == {QUICK.deadline}
