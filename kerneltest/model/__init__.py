@@ -20,7 +20,7 @@ from kerneltest.model.failure import (
     WrongOutput,
 )
 from kerneltest.model.messages import Device, Outcome, Run, Start, Started, Status
-from kerneltest.model.numerics import BF16, FP16, FP32, IEEE_FP32, WGMMA_16BIT, AccModel, Fmt, Numerics
+from kerneltest.model.numerics import BF16, FORMATS, FP16, FP32, IEEE_FP32, WGMMA_16BIT, AccModel, Fmt, Numerics
 from kerneltest.model.poison import Coverage, Pattern, Place
 from kerneltest.model.record import CaseRecord, FailureRecord, KernelRecord, RunRecord, Unchecked, Verdict
 from kerneltest.model.spec import (
@@ -38,6 +38,7 @@ from kerneltest.model.spec import (
 __all__ = [
     "BF16",
     "FAILURES",
+    "FORMATS",
     "FP16",
     "FP32",
     "IEEE_FP32",

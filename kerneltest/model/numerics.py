@@ -34,6 +34,8 @@ class Fmt:
 FP32 = Fmt("float32", 24, -126, 127)
 FP16 = Fmt("float16", 11, -14, 15)
 BF16 = Fmt("bfloat16", 8, -126, 127)
+# By torch's name of the dtype.
+FORMATS = {fmt.name: fmt for fmt in (BF16, FP16, FP32)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ def html(run: RunRecord) -> str:
         many=_many,
         moment=_moment,
         number=_number,
-        percent=_percent,
         seconds=_seconds,
         share=_share,
     )
@@ -128,13 +127,6 @@ def _share(share: float) -> str:
 def _aligned(share: float) -> str:
     """As :func:`_share`, with the decimals fixed: for long columns."""
     return "<0.01" if 0 < share < 0.005 else f"{share:.2f}" if 0 <= share <= 1 else _share(share)
-
-
-def _percent(share: float) -> str:
-    """A share in [0, 1] as a percentage, rounded down: 100 % is said of nothing less."""
-    if 0 < share < 0.0001:
-        return "<0.01 %"
-    return "100 %" if share == 1 else f"{math.floor(share * 10_000) / 100:.2f} %"
 
 
 def _seconds(seconds: float) -> str:

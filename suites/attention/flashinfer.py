@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kerneltest.model import BF16, FP16, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
+from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
 
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
     import torch
 
-FORMATS = {"bfloat16": BF16, "float16": FP16}
+DTYPES = ("bfloat16", "float16")
 # The size that FlashInfer's documentation recommends. It is not always enough: see workspace_bytes.
 RECOMMENDED_WORKSPACE = 128 << 20
 # What fa2's planner (PrefillPlan in scheduler.cuh) reckons with: blocks on an SM, and query rows of a block at most.
@@ -76,7 +76,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
 
 def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
     """Told by what the imported release offers, not by its number."""
-    if case.axes.dtype not in FORMATS:
+    if case.axes.dtype not in DTYPES:
         return f"FlashInfer's prefill has no {case.axes.dtype} kernels"
     if case.axes.causal and any(request.kv_len < request.qo_len for request in case.axes.requests):
         # prefill.cuh refuses this for a single request ("kv_len must be greater than or equal to qo_len"); the batch

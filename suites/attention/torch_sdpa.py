@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kerneltest.model import Call, Case, Device, Kernel, Numerics
-from kerneltest.model.numerics import BF16, EX2_APPROX, FP16, FP32, IEEE_FP32, WGMMA_16BIT
+from kerneltest.model.numerics import EX2_APPROX, FORMATS, FP32, IEEE_FP32, WGMMA_16BIT
 
 from .paged_prefill import PagedPrefill, paged_prefill
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 CPU_EXP_16BIT = 2.0**-13
 # Keys between two rescales: the block of the CPU kernel, and the smallest of the CUDA kernels.
 TILE = {"cpu": 512, "cuda": 32}
-FORMATS = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
 
 
 def launch(call: Call) -> dict[str, torch.Tensor]:

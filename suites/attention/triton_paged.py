@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kerneltest.model import BF16, FP16, FP32, IEEE_FP32, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
+from kerneltest.model import BF16, FORMATS, FP32, IEEE_FP32, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
 
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
     import torch
-
-FORMATS = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
 
 
 def launch(call: Call) -> dict[str, torch.Tensor]:

@@ -13,10 +13,8 @@ import torch
 from attention_cases import case, draws, paged
 from hypothesis import given
 
-from kerneltest.model import BF16, FP16, FP32, IEEE_FP32, Case, InputStrategy, Numerics, Size
+from kerneltest.model import BF16, FORMATS, FP32, IEEE_FP32, Case, InputStrategy, Numerics, Size
 from kerneltest.oracle.compare import Comparison, compare
-
-FORMATS = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
 
 
 def kernel(

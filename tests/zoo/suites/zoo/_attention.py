@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kerneltest.model import BF16, FP16, FP32, IEEE_FP32, Call, Case, Device, Numerics
+from kerneltest.model import FORMATS, FP32, IEEE_FP32, Call, Case, Device, Numerics
 
 if TYPE_CHECKING:
     import torch
-
-FORMATS = {"bfloat16": BF16, "float16": FP16, "float32": FP32}
 
 
 def numerics(case: Case[Any], device: Device) -> Numerics:
