@@ -7,7 +7,7 @@ functions that they point to, which only the worker calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model.case import Case
@@ -149,10 +149,9 @@ class Kernel:
 
     ``launch(call)`` returns the outputs by name, without synchronising; ``returns`` names those it has, if not all.
     ``plan(call)``, where there is one, does the host work before it: on-chip state is poisoned between the two.
-    ``unsupported(case, device)`` returns the reason why a case is outside
-    the domain, or None. ``devices``, ``library`` and ``min_sm`` say what must be there at all. ``deterministic`` is a
-    promise of equal bits for equal inputs. ``specialisation(case)`` names what is compiled at first use, so that a
-    compiler's minutes are not taken for a hang.
+    ``unsupported(case, device)`` returns the reason why a case is outside the domain, or None. ``devices``, ``library``
+    and ``min_sm`` say what must be there at all. ``deterministic`` is a promise of equal bits for equal inputs.
+    ``specialisation(case)`` names what is compiled at first use, so that a compiler's minutes are not taken for a hang.
     """
 
     name: str
@@ -166,7 +165,7 @@ class Kernel:
     returns: tuple[str, ...] | None = None
     min_sm: tuple[int, int] = (0, 0)
     deterministic: bool = True
-    specialisation: Callable[[Case[Any]], str] = field(default=_one_specialisation)
+    specialisation: Callable[[Case[Any]], str] = _one_specialisation
 
     def unmet(self, device: Device, missing: Mapping[str, str]) -> str | None:
         """Why the kernel cannot run here at all, or None. ``missing``: libraries that do not import, and why."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 
@@ -51,6 +50,8 @@ def outputs_are_written(execution: Execution) -> Finding | None:
         # the caller's or one that the kernel allocated for itself.
         for place in (Place.OUTPUTS, Place.ALLOCATOR_POOL):
             alone = execution.observe({**observations[-1].plan, place: observations[0].plan[place]})
+            if alone.problem:
+                return _finding(execution, "WrongOutput", key="form", what=alone.problem)
             still = kept & holds(alone.outputs[name], observations[0].plan[place])
             if bool(still.any()):
                 return _finding(
@@ -206,8 +207,11 @@ def _two_values(execution: Execution, name: str, index: tuple[int, ...], one: Ob
     return f"first at {_locate(execution, name, index)}: {a:.9g} in one launch, {b:.9g} in the other"
 
 
-def _finding(execution: Execution, kind: str, *, key: str, what: str, **more: object) -> Finding:
-    return replace(Finding(kind=kind, kernel=execution.kernel.name, key=key, what=what), **more)  # type: ignore[arg-type]
+def _finding(
+    execution: Execution, kind: str, *, key: str, what: str, details: tuple[str, ...] = (), culprit: str | None = None
+) -> Finding:
+    kernel = execution.kernel.name
+    return Finding(kind=kind, kernel=kernel, key=key, what=what, details=details, culprit=culprit)
 
 
 def _fill(seen: Observation) -> Pattern:

@@ -31,6 +31,7 @@ PLANTED: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "z15_lse": ("Mismatch", None, MINIMAL_REQUEST),
     "pool": ("StaleState", "allocator pool", MINIMAL_REQUEST),
     "nondeterministic": ("Nondeterministic", None, MINIMAL_REQUEST),
+    "jitter": ("StaleState", "allocator pool", MINIMAL_REQUEST),
     "dtype": ("WrongOutput", None, MINIMAL_REQUEST),
     "shape": ("WrongOutput", None, MINIMAL_REQUEST),
     "missing": ("WrongOutput", None, MINIMAL_REQUEST),
@@ -88,5 +89,6 @@ def test_twins_are_green(tmp_path: Path) -> None:
         "zoo.z2[twin]": "green",
         "zoo.z8[twin]": "green",
         "zoo.torch[twin]": "green",
+        "zoo.jitter[twin]": "green",
     }
     assert all(kernel["cases"] >= 20 for kernel in run["kernels"])

@@ -96,6 +96,15 @@ def stale_pool(call: Call) -> Outputs:
     return call.outputs
 
 
+def jitters_and_leaks(call: Call) -> Outputs:
+    """A kernel that promises no equal bits, and multiplies stale memory by a weight of 0."""
+    import torch
+
+    nondeterministic(call)
+    call.outputs["lse"].add_(torch.empty(1, 16)[:, :1].reshape(1).to(call.outputs["lse"]) * 0)
+    return call.outputs
+
+
 def off_by_one(call: Call) -> Outputs:
     """Z15: the causal mask lets one key too many through, in rows at the edge of a tile of 16."""
     for part in a.parts(call):
@@ -167,6 +176,8 @@ z15_lse = kernel("z15_lse[planted]", lse_in_base_2)
 torch_twin = kernel("torch[twin]", a.healthy)
 pool = kernel("pool[planted]", stale_pool)
 random = kernel("nondeterministic[planted]", nondeterministic)
+random_twin = kernel("jitter[twin]", nondeterministic, deterministic=False)
+random_leak = kernel("jitter[planted]", jitters_and_leaks, deterministic=False)
 dtype = kernel("dtype[planted]", wrong_dtype)
 shape = kernel("shape[planted]", wrong_shape)
 missing = kernel("missing[planted]", forgets_lse)
