@@ -16,7 +16,7 @@ from kerneltest.engine import repro
 from kerneltest.engine.hunt import Target
 from kerneltest.engine.pool import WorkerFailed
 from kerneltest.engine.profile import PROFILES
-from kerneltest.model import Case, Failure, KernelRecord, Verdict, encode
+from kerneltest.model import Case, Conclusion, Failure, KernelRecord, encode
 from kerneltest.session import Options, Session
 
 SESSION = pytest.StashKey[Session]()
@@ -102,7 +102,7 @@ class RecordedItem(pytest.Item):
         self.record = record
         if failure is not None:
             raise failure
-        if record.verdict is Verdict.UNCHECKED or not record.cases:
+        if record.verdict is Conclusion.UNCHECKED or not record.cases:
             pytest.skip("; ".join(unchecked.why for unchecked in record.unchecked))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
@@ -139,6 +139,8 @@ class FixtureFile(pytest.File):
             target = _find(session, read.suite, read.kernel)
             case: Case[Any] = Case.from_json(read.case, target.kernel.operator.axes)
             target.kernel.operator.strategy(case.inputs)
+            if case.relation:
+                target.kernel.operator.relation(case.relation)
         except ValueError as error:
             yield BrokenItem.from_parent(self, name="read", reason=str(error), expected=repro.EXPECTED_FORM)
             return

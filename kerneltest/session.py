@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from kerneltest.engine import repro
 from kerneltest.engine.hunt import Target, Trail, hunt, replay
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
 from kerneltest.engine.profile import Profile
-from kerneltest.engine.text import failure_text, nothing_checked_text
+from kerneltest.engine.text import failure_text, nothing_checked_text, vacuous_text
 from kerneltest.model import (
     FAILURES,
     Case,
+    Conclusion,
     Failure,
     FailureRecord,
     Finding,
@@ -28,9 +29,13 @@ from kerneltest.model import (
     Start,
     Started,
     Unchecked,
-    Verdict,
+    VacuousBudget,
     encode,
 )
+
+# A budget of which no case uses more than this share cannot tell right from wrong; fewer cases cannot tell that.
+VACUOUS = 0.05
+ENOUGH_CASES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +79,32 @@ class Session:
         return self._runner
 
     @cached_property
-    def libraries(self) -> tuple[str, ...]:
-        """Every library that some kernel of these suites asks for."""
-        found: set[str | None] = set()
+    def _targets(self) -> tuple[Target, ...]:
+        """Every kernel of these suites."""
+        found: list[Target] = []
         for root in self.options.roots:
             for path in discovery.suite_files(root):
                 try:
-                    found.update(kernel.library for kernel in discovery.load_kernels(path).values())
+                    kernels = discovery.load_kernels(path).values()
                 except (Exception, SystemExit):  # noqa: S112  (a broken suite file has an item of its own)
                     continue
-        return tuple(sorted(library for library in found if library))
+                found += (Target(kernel=kernel, source=path) for kernel in kernels)
+        return tuple(found)
+
+    def _peers(self, kernel: Kernel) -> tuple[Target, ...]:
+        """The other kernels of the same operator, the very object, that can run here."""
+        return tuple(
+            other
+            for other in self._targets
+            if other.kernel.name != kernel.name
+            and other.kernel.operator is kernel.operator
+            and not _unmet(other.kernel, self.runner.started)
+        )
+
+    @cached_property
+    def libraries(self) -> tuple[str, ...]:
+        """Every library that some kernel of these suites asks for."""
+        return tuple(sorted({found.kernel.library for found in self._targets if found.kernel.library}))
 
     def close(self) -> None:
         if self._runner is not None:
@@ -95,13 +116,18 @@ class Session:
         kernel, started = target.kernel, self.runner.started
         if reason := _unmet(kernel, started):
             return self._record(suite, kernel, unchecked=(Unchecked(what=kernel.name, why=reason),)), None
+        target = replace(target, peers=self._peers(kernel))
         trail = hunt(target, self.runner, self.options.profile, self._seed(kernel))
         if not trail.cases:
             finding = Finding(kind="NothingChecked", kernel=kernel.name, key="", what="no drawn case is supported")
             failure: Failure = NothingChecked(finding, nothing_checked_text(kernel.name, trail, started))
             return self._record(suite, kernel, trail, failure), failure
         if trail.caught is None:
-            return self._record(suite, kernel, trail), None
+            record = self._record(suite, kernel, trail)
+            if vacuous := _vacuous(record, trail.wide):
+                failure = VacuousBudget(vacuous, vacuous_text(vacuous, started))
+                return self._record(suite, kernel, trail, failure), failure
+            return record, None
         path = repro.write(self.options.fixtures, suite, trail.caught, started)
         return self._caught(suite, kernel, trail, path)
 
@@ -158,11 +184,12 @@ class Session:
         return KernelRecord(
             name=kernel.name,
             suite=suite,
-            verdict=Verdict.RED if failure else Verdict.GREEN if ran else Verdict.UNCHECKED,
+            verdict=Conclusion.RED if failure else Conclusion.GREEN if ran else Conclusion.UNCHECKED,
             seconds=trail.seconds if trail else 0.0,
             cases=trail.cases if trail else (),
             unsupported=trail.unsupported if trail else {},
             launches=trail.launches if trail else 0,
+            slack=trail.slack if trail else 1.0,
             failures=failures,
             unchecked=(*(trail.unchecked if trail else ()), *unchecked),
             device=started.device,
@@ -186,6 +213,18 @@ class Session:
         if self.options.device != "auto":
             words.append(f"--kernel-device={self.options.device}")
         return shlex.join(words)
+
+
+def _vacuous(record: KernelRecord, wide: Collection[str]) -> Finding | None:
+    """Whether some output's budget was never put to use, over enough cases to tell.
+
+    Worst cases of plain fp32 arithmetic are never met either; only what is declared wider than that is asked.
+    """
+    for output, used in record.used.items():
+        if len(record.cases) >= ENOUGH_CASES and used <= VACUOUS and output in wide:
+            what = f"{output}: no case used more than {100 * used:.2g} % of an error budget wider than fp32 needs"
+            return Finding(kind="VacuousBudget", kernel=record.name, key=output, what=what)
+    return None
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
-from hypothesis.errors import HypothesisException
+from hypothesis import target as breed_for
+from hypothesis.errors import Unsatisfiable
 
 from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
 from kerneltest.model import Case, CaseRecord, Finding, Kernel, Outcome, Status, Unchecked
 
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A kernel and the file that defines it."""
+    """A kernel and the file that defines it. ``peers``: other kernels of its operator that can run here."""
 
     kernel: Kernel
     source: Path
+    peers: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caught:
     """A finding with the case that shows it, after shrinking.
 
-    ``others`` are different bugs that the shrinker came across; ``complete`` is False if it ran out of time.
+    ``reproduced`` of ``confirmed_of`` further runs of the case showed it again, and, where the verdict rests on chance,
+    ``fresh`` of ``fresh_of`` runs with other data. ``others`` are different bugs that the shrinker came across;
+    ``complete`` is False if it ran out of time. ``peers``: what other kernels made of the case, by name.
     """
 
     finding: Finding
@@ -39,6 +47,9 @@ class Caught:
     confirmed_of: int
     others: tuple[Finding, ...]
     complete: bool
+    fresh: int = 0
+    fresh_of: int = 0
+    peers: Mapping[str, Outcome] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +62,18 @@ class Trail:
     seconds: float
     caught: Caught | None
     unchecked: tuple[Unchecked, ...]
+    slack: float = 1.0
+    wide: frozenset[str] = frozenset()
 
 
 # How often the minimal case is run again after shrinking, to say whether it fails every time.
 CONFIRMATIONS = 3
+# With how many other seeds a case is run whose data alone seemed too improbable.
+FRESH_SEEDS = 3
+# The least number of cases of an input strategy, where one is not enough: what one kind of data hides, another shows.
+PORTFOLIO = {"generic": 2}
+# A kernel of the same operator runs beside it in one of so many cases.
+PEER_EVERY = 4
 LEAST_PATIENCE = 2.0
 
 
@@ -77,6 +96,7 @@ class _Hunt:
     found_at: float = 0.0
     minimal: tuple[Case[Any], Finding] | None = None
     others: dict[tuple[str, str, str], Finding] = field(default_factory=dict)
+    lethal_peers: set[str] = field(default_factory=set)
     out_of_time: bool = False
     slowest: float = 0.0
 
@@ -84,8 +104,13 @@ class _Hunt:
         """The property. Raises :class:`_Found` for the bug that is hunted."""
         if self.shows_prey(case):
             raise _Found
-        if case in self.outcomes and self.outcomes[case].status is Status.UNSUPPORTED:
+        outcome = self.outcomes.get(case)
+        if outcome is not None and outcome.status is Status.UNSUPPORTED:
             reject()
+        strategy = self.target.kernel.operator.strategy(case.inputs)
+        if outcome is not None and outcome.used and strategy.tier != "exact":
+            # Cases that use much of the budget are bred for more; on exact inputs a right kernel uses all of it.
+            breed_for(max(outcome.used.values()), label=f"share of the error budget, {strategy.name}")
 
     def shows_prey(self, case: Case[Any]) -> bool:
         """Whether the case fails with the bug that is hunted, which is the first that was met."""
@@ -112,13 +137,40 @@ class _Hunt:
 
     def run_again(self, case: Case[Any]) -> Outcome:
         """Run a case in the worker, whatever is known of it."""
-        outcome = self.runner.run(
-            self.target.kernel, self.target.source, case, deadline=self.deadline, cold=self.profile.cold_deadline
-        )
-        self.launches += outcome.launches
+        peer = self._peer(case)
+        outcome = self._ask(case, peer)
+        if outcome.fatal and peer:
+            # Whose fault was it? The peer has a hunt of its own to answer for what it does.
+            alone = self._ask(case, None)
+            if not alone.fatal:
+                self.lethal_peers.add(peer.kernel.name)
+                outcome = alone
         if outcome.status is Status.PASSED:
             self.slowest = max(self.slowest, outcome.seconds)
         return outcome
+
+    def _ask(self, case: Case[Any], peer: Target | None) -> Outcome:
+        outcome = self.runner.run(
+            self.target.kernel,
+            self.target.source,
+            case,
+            peer=(peer.kernel, peer.source) if peer else None,
+            deadline=self.deadline,
+            cold=self.profile.cold_deadline,
+        )
+        self.launches += outcome.launches
+        return outcome
+
+    def _peer(self, case: Case[Any]) -> Target | None:
+        """The kernel that runs beside this one, if any does: told by the case alone, so that a replay has the same."""
+        number, turn = divmod(int(case.id, 16), PEER_EVERY)
+        peers = [peer for peer in self.target.peers if peer.kernel.name not in self.lethal_peers]
+        return peers[number % len(peers)] if peers and turn == 0 else None
+
+    @property
+    def ran(self) -> dict[Case[Any], Outcome]:
+        """The cases that the kernel did not refuse."""
+        return {case: outcome for case, outcome in self.outcomes.items() if outcome.status is not Status.UNSUPPORTED}
 
     @property
     def deadline(self) -> float:
@@ -132,20 +184,39 @@ class _Hunt:
 
 
 def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> Trail:
-    """Run ``profile.cases`` drawn cases of the kernel and shrink the first failure.
+    """Run ``profile.cases`` drawn cases of the kernel, some of each input strategy and relation; shrink a failure.
 
     Raises :class:`~kerneltest.engine.pool.WorkerFailed` if no worker can be had, and Hypothesis' own errors for a
     strategy that is at fault.
     """
     state = _Hunt(target, runner, profile)
-    strategy = target.kernel.operator.cases(profile.size(_device(runner)))
+    operator = target.kernel.operator
+    strategy = operator.cases(profile.size(_device(runner)))
+    _draw(state, strategy, profile.cases, seed_value)
+    wanted = [("inputs", inputs.name, PORTFOLIO.get(inputs.name, 1)) for inputs in operator.inputs]
+    wanted += [("relation", relation.name, 1) for relation in operator.relations]
+    for field_name, value, count in wanted if state.ran else ():
+        missing = count - sum(getattr(case, field_name) == value for case in state.ran)
+        if missing > 0 and state.minimal is None:
+            # Hypothesis begins with the simplest case, which has run already.
+            _draw(state, _only(strategy, field_name, value), missing + 1, seed_value + 1)
+    _simplify(state)
+    return _trail(state)
+
+
+def _only(strategy: SearchStrategy[Case[Any]], field_name: str, value: str) -> SearchStrategy[Case[Any]]:
+    return strategy.filter(lambda case: getattr(case, field_name) == value)
+
+
+def _draw(state: _Hunt, strategy: SearchStrategy[Case[Any]], cases: int, seed_value: int) -> None:
+    """Let Hypothesis draw that many cases, and shrink the first that fails."""
 
     @seed(seed_value)
     @settings(
-        max_examples=profile.cases,
+        max_examples=cases,
         database=None,
         deadline=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.target, Phase.shrink),
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         print_blob=False,
@@ -158,13 +229,10 @@ def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> T
         prop()
     except _Found:
         pass
-    except HypothesisException:
-        if state.outcomes and all(o.status is Status.UNSUPPORTED for o in state.outcomes.values()):
-            pass  # every draw was refused: the caller says so in words of its own
-        else:
+    except Unsatisfiable:
+        if not state.outcomes:
             raise
-    _simplify(state)
-    return _trail(state)
+        # The kernel refused what was drawn: the caller says so in words of its own.
 
 
 def _simplify(state: _Hunt) -> None:
@@ -184,43 +252,74 @@ def replay(target: Target, runner: Runner, profile: Profile, case: Case[Any]) ->
 
 
 def _trail(state: _Hunt, confirmations: int = CONFIRMATIONS) -> Trail:
-    caught = None
-    if state.minimal:
-        case, finding = state.minimal
-        ended = time.monotonic()
-        reproduced = 0
-        for _ in range(confirmations):
-            again = state.run_again(case).finding
-            reproduced += again is not None and again.identity == finding.identity
-        caught = Caught(
-            finding=finding,
-            case=case,
-            seconds_to_find=state.found_at - state.begun,
-            seconds_to_shrink=ended - state.found_at,
-            reproduced=reproduced,
-            confirmed_of=confirmations,
-            others=tuple(state.others.values()),
-            complete=not state.out_of_time,
-        )
-    ran = {case: outcome for case, outcome in state.outcomes.items() if outcome.status is not Status.UNSUPPORTED}
-    unjudged = sorted({name for outcome in ran.values() for name in outcome.unjudged})
+    caught = _catch(state, *state.minimal, confirmations) if state.minimal else None
+    ran, kernel = state.ran, state.target.kernel.name
+    unchecked = {
+        f"{kernel}: output {name}": "the kernel does not return it" for o in ran.values() for name in o.unjudged
+    }
+    for case, outcome in ran.items():
+        if outcome.unchecked_relation:
+            unchecked.setdefault(f"{kernel}: relation {case.relation} in some cases", outcome.unchecked_relation)
+    for peer in sorted(state.lethal_peers):
+        unchecked[f"{kernel}: agreement with {peer}"] = "the worker died of it"
+    if confirmations and ran and caught is None:
+        used = Counter(case.inputs for case in ran)
+        for inputs in state.target.kernel.operator.inputs:
+            if not used[inputs.name]:
+                unchecked[f"{kernel}: input strategy {inputs.name}"] = "no case of it ran"
     return Trail(
         cases=tuple(_record(case, outcome) for case, outcome in ran.items()),
         unsupported=dict(state.unsupported),
         launches=state.launches,
         seconds=time.monotonic() - state.begun,
         caught=caught,
-        unchecked=tuple(
-            Unchecked(what=f"{state.target.kernel.name}: output {name}", why="the kernel does not return it")
-            for name in unjudged
-        ),
+        slack=max((outcome.slack for outcome in ran.values()), default=1.0),
+        wide=frozenset(name for outcome in ran.values() for name in outcome.wide),
+        unchecked=tuple(Unchecked(what=what, why=why) for what, why in sorted(unchecked.items())),
+    )
+
+
+def _catch(state: _Hunt, case: Case[Any], finding: Finding, confirmations: int) -> Caught:
+    """Ask the minimal case again, with its own data and with others, and what other kernels make of it."""
+    ended = time.monotonic()
+
+    def again(other: Case[Any]) -> bool:
+        found = state.run_again(other).finding
+        return found is not None and found.identity == finding.identity
+
+    reproduced = sum(again(case) for _ in range(confirmations))
+    seeds = range(case.seed + 1, case.seed + 1 + FRESH_SEEDS) if finding.by_chance and confirmations else ()
+    fresh = [again(replace(case, seed=seed % 2**32)) for seed in seeds]
+    peers = {}
+    for peer in state.target.peers if confirmations else ():
+        cold = state.profile.cold_deadline
+        peers[peer.kernel.name] = state.runner.run(peer.kernel, peer.source, case, deadline=state.deadline, cold=cold)
+    return Caught(
+        finding=finding,
+        case=case,
+        seconds_to_find=state.found_at - state.begun,
+        seconds_to_shrink=ended - state.found_at,
+        reproduced=reproduced,
+        confirmed_of=confirmations,
+        fresh=sum(fresh),
+        fresh_of=len(fresh),
+        others=tuple(state.others.values()),
+        complete=not state.out_of_time,
+        peers=peers,
     )
 
 
 def _record(case: Case[Any], outcome: Outcome) -> CaseRecord:
     note = outcome.finding.kind if outcome.finding else ""
     return CaseRecord(
-        id=case.id, text=str(case), status=outcome.status, seconds=outcome.seconds, used=outcome.used, note=note
+        id=case.id,
+        text=str(case),
+        inputs=case.inputs,
+        status=outcome.status,
+        seconds=outcome.seconds,
+        used=outcome.used,
+        energy=outcome.energy,
+        note=note,
     )
 
 

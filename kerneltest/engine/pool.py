@@ -33,6 +33,10 @@ WORKER_FRAMES = os.path.join("kerneltest", "worker", "")
 SPARES = max(2, min(4, (os.cpu_count() or 1) // 2))
 
 
+# Another kernel of the operator, and the file that defines it.
+Peer = tuple[Kernel, Path]
+
+
 class WorkerFailed(Exception):
     """A worker could not be started at all; the message holds the end of its stderr."""
 
@@ -50,7 +54,9 @@ class Runner(Protocol):
 
     @property
     def started(self) -> Started: ...
-    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome: ...
+    def run(
+        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float, peer: Peer | None = None
+    ) -> Outcome: ...
     def close(self) -> None: ...
 
 
@@ -166,7 +172,9 @@ class WorkerPool:
         assert self._started is not None
         return self._started
 
-    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
+    def run(
+        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float, peer: Peer | None = None
+    ) -> Outcome:
         """Run a case; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`.
 
         ``cold`` is the deadline in seconds where something may have to be compiled first, ``deadline`` that of a warm
@@ -174,6 +182,7 @@ class WorkerPool:
         allow the next hang the time of a compiler.
         """
         module = (kernel.name, kernel.specialisation(case))
+        modules = {module} | ({(peer[0].name, peer[0].specialisation(case))} if peer else set())
         worker = self._ready()
         if module not in worker.warm and module in self._passed:
             if isinstance(worker.ask(self._passed[module], cold), Death):
@@ -182,17 +191,17 @@ class WorkerPool:
             else:
                 worker.warm.add(module)
         begun = time.monotonic()
-        message = encode(Run(source=str(source), kernel=kernel.name, case=encode(case)))
-        answer = worker.ask(message, deadline if module in worker.warm else cold)
+        message = _message(kernel, source, case, peer)
+        answer = worker.ask(message, deadline if modules <= worker.warm else cold)
         if isinstance(answer, Death):
             self._replace()
             seconds = time.monotonic() - begun
             return Outcome(status=Status.FAILED, seconds=seconds, finding=_death(kernel, answer, seconds), fatal=True)
         outcome = decode(Outcome, answer)
         if outcome.launches:  # a case that was refused has compiled nothing
-            worker.warm.add(module)
+            worker.warm |= modules
         if outcome.status is Status.PASSED:
-            self._passed.setdefault(module, message)
+            self._passed.setdefault(module, _message(kernel, source, case, None))
         if outcome.fatal:
             worker.kill()
             self._replace()
@@ -233,14 +242,20 @@ class InProcess:
         self._worker = Worker()
         self.started = decode(Started, json.loads(json.dumps(self._worker.answer(encode(start)))))
 
-    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float) -> Outcome:
+    def run(
+        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float, peer: Peer | None = None
+    ) -> Outcome:
         """Run a case, however long it takes: nobody is there to watch ``deadline`` and ``cold``."""
         del deadline, cold
-        message = encode(Run(source=str(source), kernel=kernel.name, case=encode(case)))
-        return decode(Outcome, json.loads(json.dumps(self._worker.answer(message))))
+        return decode(Outcome, json.loads(json.dumps(self._worker.answer(_message(kernel, source, case, peer)))))
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+def _message(kernel: Kernel, source: Path, case: Case[Any], peer: Peer | None) -> Any:
+    other = (str(peer[1]), peer[0].name) if peer else None
+    return encode(Run(source=str(source), kernel=kernel.name, case=encode(case), peer=other))
 
 
 def _death(kernel: Kernel, death: Death, seconds: float) -> Finding:

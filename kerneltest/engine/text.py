@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kerneltest.engine.hunt import Caught, Trail
-from kerneltest.model import Started
+from kerneltest.model import Finding, Outcome, Started, Status
 
 
 def failure_text(caught: Caught, started: Started, replay: str | None, ran: int) -> str:
@@ -22,10 +22,34 @@ def failure_text(caught: Caught, started: Started, replay: str | None, ran: int)
             f"  found after {caught.seconds_to_find:.1f} s, shrunk for {caught.seconds_to_shrink:.1f} s; {ran} cases; "
             f"the minimal one failed again in {caught.reproduced} of {caught.confirmed_of} runs"
         )
+    if caught.fresh_of:
+        lines.append(f"  with other data of the same kind {caught.fresh} of {caught.fresh_of} runs fail as well")
+    lines += [f"  {name} {_opinion(outcome)}" for name, outcome in caught.peers.items()]
     lines += [f"  seen while shrinking: {other.kind}: {other.what}" for other in caught.others]
     if replay:
         lines.append(f"  replay: {replay}")
     return "\n".join(lines)
+
+
+def _opinion(outcome: Outcome) -> str:
+    """What another kernel's outcome says about the case."""
+    if outcome.status is Status.UNSUPPORTED:
+        return f"does not support this case: {outcome.reason}"
+    if outcome.finding:
+        return f"fails on this case: {outcome.finding.kind}: {outcome.finding.what}"
+    return "agrees with the reference on this case"
+
+
+def vacuous_text(finding: Finding, started: Started) -> str:
+    """Why a kernel of which every case passed is not green."""
+    return "\n".join(
+        (
+            f"{finding.kind} in {finding.kernel}",
+            f"  {finding.what}",
+            "  its declared numerics are looser than its arithmetic: state accumulators and formats as they are",
+            f"  on: {where(started)}",
+        )
+    )
 
 
 def nothing_checked_text(kernel: str, trail: Trail, started: Started) -> str:

@@ -17,30 +17,38 @@ class Case(Generic[A]):
     """One call of an operator.
 
     ``axes`` is the operator's own frozen dataclass (shapes, dtypes, layout), ``inputs`` the name of one of its input
-    strategies, ``seed`` what the values are drawn from. No tensors: a case prints on a line and survives as JSON.
+    strategies, ``seed`` what the values are drawn from. ``relation`` names the metamorphic relation that is checked on
+    top, if any. No tensors: a case prints on a line and survives as JSON.
     """
 
     operator: str
     axes: A
     inputs: str
     seed: int
+    relation: str = ""
 
     def __str__(self) -> str:
-        axes = encode(self.axes)
-        shown = ", ".join(f"{name}={_compact(value)}" for name, value in axes.items())
-        return f"{self.operator}({shown}, inputs={self.inputs}, seed={self.seed})"
+        said = _said(self)
+        operator, axes = said.pop("operator"), said.pop("axes")
+        return f"{operator}({', '.join(f'{name}={_compact(value)}' for name, value in (axes | said).items())})"
 
     @property
     def id(self) -> str:
         """Eight hexadecimal digits that depend on nothing but the content."""
-        text = json.dumps(encode(self), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(_said(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @classmethod
     def from_json(cls, data: object, axes: type[A], path: str = "case") -> Case[A]:
         """Inverse of :func:`encode`; raises :class:`DecodeError` with the path of the offending field."""
         raw = decode(_RawCase, data, path)
-        return cls(operator=raw.operator, axes=decode(axes, raw.axes, f"{path}.axes"), inputs=raw.inputs, seed=raw.seed)
+        return cls(
+            operator=raw.operator,
+            axes=decode(axes, raw.axes, f"{path}.axes"),
+            inputs=raw.inputs,
+            seed=raw.seed,
+            relation=raw.relation,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,17 @@ class _RawCase:
     axes: Any
     inputs: str
     seed: int
+    relation: str = ""
+
+
+def _said(value: object) -> Any:
+    """The JSON form without what holds its default: a field that comes later leaves the ids of older cases alone."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _said(held) for field, held in fields if held != field.default}
+    if isinstance(value, (tuple, list)):
+        return [_said(item) for item in value]
+    return encode(value)
 
 
 def _compact(value: object) -> str:

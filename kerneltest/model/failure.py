@@ -16,6 +16,7 @@ class Finding:
     ``kind`` names a class of :data:`FAILURES`. ``key`` tells apart bugs of one kind in one kernel (which output, which
     signal): kind, kernel and key are the identity of a bug, never the text, so that shrinking cannot slide from one
     bug to another. ``culprit`` is what made it show. ``what`` is one sentence, ``details`` are the lines below it.
+    ``by_chance``: the verdict rests on the improbability of these data, and should be asked again with others.
     """
 
     kind: str
@@ -24,6 +25,7 @@ class Finding:
     what: str
     details: tuple[str, ...] = ()
     culprit: str | None = None
+    by_chance: bool = False
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -58,6 +60,10 @@ class Unwritten(Failure):
     """Elements of an output still hold what the buffer held before the launch."""
 
 
+class RelationBroken(Failure):
+    """Two answers of the kernel contradict a relation that holds between them, whatever the right answers are."""
+
+
 class InputMutated(Failure):
     """The launch changed one of its inputs."""
 
@@ -78,6 +84,18 @@ class Hung(Failure):
     """The launch did not come back before its deadline."""
 
 
+class Disagreement(Failure):
+    """Two kernels that both lie within their budgets are further apart than their errors explain."""
+
+
+class BadNumerics(Failure):
+    """The kernel declares no arithmetic, or one that cannot be: there is nothing to judge it by."""
+
+
+class VacuousBudget(Failure):
+    """No case came near the declared error: the declaration is so loose that it cannot tell right from wrong."""
+
+
 class NothingChecked(Failure):
     """The kernel could run here, yet supported none of the cases drawn: green would be a lie."""
 
@@ -90,11 +108,15 @@ FAILURES: dict[str, type[Failure]] = {
         StaleState,
         Nondeterministic,
         Unwritten,
+        RelationBroken,
         InputMutated,
         WrongOutput,
         LaunchRaised,
         Crashed,
         Hung,
+        Disagreement,
+        BadNumerics,
+        VacuousBudget,
         NothingChecked,
     )
 }

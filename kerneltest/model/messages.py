@@ -53,11 +53,15 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Run one case: ``kernel`` lives in ``source`` (a suite file), ``case`` is its JSON form."""
+    """Run one case: ``kernel`` lives in ``source`` (a suite file), ``case`` is its JSON form.
+
+    ``peer``: another kernel of the operator, as source and name, which must agree with this one.
+    """
 
     source: str
     kernel: str
     case: Any
+    peer: tuple[str, str] | None = None
 
 
 class Status(Enum):
@@ -72,7 +76,10 @@ class Status(Enum):
 class Outcome:
     """How one case ended in the worker.
 
-    ``used``: the largest share of the error budget that each output used. ``unjudged``: outputs without a budget.
+    ``used``: the largest share of the error budget that each output used. ``energy``: the mean of error² / expected
+    error² of each output that was judged by noise. ``slack``: what the kernel's numerics multiply the budget by.
+    ``wide``: outputs whose budget is much wider than plain fp32 arithmetic needs. ``unjudged``: those without one.
+    ``unchecked_relation``: why the relation that the case names says nothing of this kernel.
     ``fatal``: the device context is lost, this worker is of no further use.
     """
 
@@ -82,5 +89,9 @@ class Outcome:
     finding: Finding | None = None
     reason: str | None = None
     used: Mapping[str, float] = field(default_factory=dict)
+    energy: Mapping[str, float] = field(default_factory=dict)
+    slack: float = 1.0
+    wide: tuple[str, ...] = ()
     unjudged: tuple[str, ...] = ()
+    unchecked_relation: str | None = None
     fatal: bool = False

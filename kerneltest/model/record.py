@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from statistics import fmean
 from typing import Any
 
 from kerneltest.model.messages import Device, Status
 from kerneltest.model.poison import Coverage
 
 
-class Verdict(Enum):
+class Conclusion(Enum):
     """GREEN: every case passed. RED: a failure. UNCHECKED: it could not run here, and says why."""
 
     GREEN = "green"
@@ -21,13 +23,18 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseRecord:
-    """One executed case. ``text`` is its one-line form; ``used`` the share of the error budget per output."""
+    """One executed case. ``text`` is its one-line form, ``inputs`` its input strategy.
+
+    ``used``: the share of the error budget per output; ``energy``: of its errors, see :class:`Outcome`.
+    """
 
     id: str
     text: str
+    inputs: str
     status: Status
     seconds: float
     used: Mapping[str, float] = field(default_factory=dict)
+    energy: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
 
@@ -61,15 +68,19 @@ class Unchecked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelRecord:
-    """All of one kernel's hunt. ``unsupported`` counts the refused cases by reason."""
+    """All of one kernel's hunt. ``unsupported`` counts the refused cases by reason.
+
+    ``slack``: what the kernel's declared numerics multiply its error budget by.
+    """
 
     name: str
     suite: str
-    verdict: Verdict
+    verdict: Conclusion
     seconds: float
     cases: tuple[CaseRecord, ...] = ()
     unsupported: Mapping[str, int] = field(default_factory=dict)
     launches: int = 0
+    slack: float = 1.0
     failures: tuple[FailureRecord, ...] = ()
     unchecked: tuple[Unchecked, ...] = ()
     device: Device | None = None
@@ -84,6 +95,23 @@ class KernelRecord:
             for output, share in case.used.items():
                 most[output] = max(share, most.get(output, 0.0))
         return most
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """How many cases ran with each input strategy."""
+        return dict(Counter(case.inputs for case in self.cases))
+
+    @property
+    def energy(self) -> dict[str, dict[str, float]]:
+        """The mean energy of the errors per output and input strategy: the fingerprint of the kernel's arithmetic."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for case in self.cases:
+            for output, energy in case.energy.items():
+                found.setdefault(output, {}).setdefault(case.inputs, []).append(energy)
+        return {
+            output: {inputs: fmean(values) for inputs, values in sorted(by_inputs.items())}
+            for output, by_inputs in found.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

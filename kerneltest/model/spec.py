@@ -7,13 +7,14 @@ functions that they point to, which only the worker calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from kerneltest.model.case import Case
 from kerneltest.model.messages import Device
 from kerneltest.model.numerics import Fmt, Numerics
 from kerneltest.model.poison import Pattern, Place
+from kerneltest.model.relation import Relation
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 class InputStrategy:
     """How the live bytes are drawn, and the patterns of the poisoned launches: at least two, one answer.
 
-    ``exact_p``: every softmax weight is exactly representable, so rounding it costs no budget.
+    ``tier`` says what the error budget may rest on. ``exact``: every softmax weight is a number that needs no
+    rounding, so that only the accumulation and the last rounding remain. ``hard``: any data, worst case. ``generic``:
+    independent random data, where errors behave like noise and are judged as noise too.
     """
 
     name: str
     patterns: tuple[Pattern, ...] = (Pattern.NAN, Pattern.FINITE)
-    exact_p: bool = False
+    tier: Literal["exact", "hard", "generic"] = "hard"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,18 +72,35 @@ class Materials:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """How errors behave on independent random inputs: rounding noise on top of a small systematic part.
+
+    Over an output of shape [..., d]: ``sigma``, the standard deviation of the noise before the last rounding, and
+    ``det``, a bound on everything else. ``freedom`` [...]: how many independent roundings make up the noise of a row,
+    in effect. ``along(weight)``: the standard deviation [...] of Σ_d weight_d noise_d, whose elements share roundings,
+    and a bound [...] on what everything else adds to that sum, which may be far below Σ_d det_d |weight_d|.
+    """
+
+    det: torch.Tensor
+    sigma: torch.Tensor
+    freedom: torch.Tensor
+    along: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorBudget:
     """What one output must be, and how far the declared arithmetic may take it from there.
 
     ``ref`` and ``hard``, the bound on the absolute error before the last rounding, are float64.
     ``out`` is the format of that last rounding. ``ref`` may hold ±Inf where the contract says so; never NaN. Where it
-    is -Inf, the kernel may return ``minus_inf`` or anything below.
+    is -Inf, the kernel may return ``minus_inf`` or anything below. ``noise``: for inputs of the generic tier only.
     """
 
     ref: torch.Tensor
     hard: torch.Tensor
     out: Fmt
     minus_inf: float = float("-inf")
+    noise: Noise | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +124,10 @@ def _nothing_simpler(_case: Case[Any]) -> Iterable[Case[Any]]:
     return ()
 
 
+def _no_idea(_case: Case[Any], _inputs: Mapping[str, torch.Tensor], _outputs: Mapping[str, torch.Tensor]) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operator:
     """WHAT is computed.
@@ -114,6 +138,8 @@ class Operator:
     ``budget(case, terms, numerics, strategy)``: a budget for each output that can be judged.
     ``locate(case, output, index)``: an index in the words of the domain, such as "request 3, token 17, head 2, dim 5".
     ``simpler(case)``: cases one step simpler, tried after Hypothesis has shrunk what it drew; must not cycle.
+    ``relations``: the metamorphic relations that a case may name.
+    ``explain(case, inputs, outputs)``: a sentence that names the cause of wrong outputs, or None; tensors on the host.
     """
 
     name: str
@@ -125,6 +151,8 @@ class Operator:
     budget: Callable[[Case[Any], Any, Numerics, InputStrategy], Mapping[str, ErrorBudget]]
     locate: Callable[[Case[Any], str, tuple[int, ...]], str]
     simpler: Callable[[Case[Any]], Iterable[Case[Any]]] = _nothing_simpler
+    relations: tuple[Relation, ...] = ()
+    explain: Callable[[Case[Any], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], str | None] = _no_idea
 
     def strategy(self, name: str) -> InputStrategy:
         """The input strategy of that name; raises ValueError that lists the valid ones."""
@@ -133,6 +161,14 @@ class Operator:
                 return strategy
         valid = ", ".join(s.name for s in self.inputs)
         raise ValueError(f"{self.name} has no input strategy {name!r}; valid: {valid}")
+
+    def relation(self, name: str) -> Relation:
+        """The relation of that name; raises ValueError that lists the valid ones."""
+        for relation in self.relations:
+            if relation.name == name:
+                return relation
+        valid = ", ".join(r.name for r in self.relations) or "none"
+        raise ValueError(f"{self.name} has no relation {name!r}; valid: {valid}")
 
 
 def _supports_all(_case: Case[Any], _device: Device) -> str | None:
@@ -143,21 +179,29 @@ def _one_specialisation(_case: Case[Any]) -> str:
     return ""
 
 
+def _no_numerics(_case: Case[Any], _device: Device) -> Numerics:
+    raise ValueError("the kernel declares no numerics")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """WHO computes it.
 
     ``launch(call)`` returns the outputs by name, without synchronising; ``returns`` names those it has, if not all.
+    ``numerics(case, device)`` is the arithmetic that it is judged by; without it nothing is.
     ``plan(call)``, where there is one, does the host work before it: on-chip state is poisoned between the two.
     ``unsupported(case, device)`` returns the reason why a case is outside the domain, or None. ``devices``, ``library``
     and ``min_sm`` say what must be there at all. ``deterministic`` is a promise of equal bits for equal inputs.
+    ``inexact``: relations that this promise does not cover, each with the reason why bits may differ.
     ``specialisation(case)`` names what is compiled at first use, so that a compiler's minutes are not taken for a hang.
+
+    Raises ValueError for an inexact relation that the operator does not have.
     """
 
     name: str
     operator: Operator
     launch: Callable[[Call], Mapping[str, torch.Tensor]]
-    numerics: Callable[[Case[Any], Device], Numerics]
+    numerics: Callable[[Case[Any], Device], Numerics] = _no_numerics
     plan: Callable[[Call], Any] | None = None
     unsupported: Callable[[Case[Any], Device], str | None] = _supports_all
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -165,7 +209,20 @@ class Kernel:
     returns: tuple[str, ...] | None = None
     min_sm: tuple[int, int] = (0, 0)
     deterministic: bool = True
+    inexact: Mapping[str, str] = field(default_factory=dict)
     specialisation: Callable[[Case[Any]], str] = _one_specialisation
+
+    def __post_init__(self) -> None:
+        for name in self.inexact:
+            self.operator.relation(name)
+
+    def keeps_bits(self, relation: Relation, numerics: Numerics) -> bool:
+        """Whether the kernel promises equal bits, not only equal answers, for the relation."""
+        if not self.deterministic or relation.name in self.inexact:
+            return False
+        return relation.promise == "deterministic" or (
+            relation.promise == "batch_invariant" and numerics.batch_invariant
+        )
 
     def unmet(self, device: Device, missing: Mapping[str, str]) -> str | None:
         """Why the kernel cannot run here at all, or None. ``missing``: libraries that do not import, and why."""

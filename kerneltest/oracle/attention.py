@@ -1,77 +1,197 @@
-"""The hard error budget of attention with an online softmax, and the terms that a reference must supply for it."""
+"""The error budget of attention with an online softmax, from the terms that a reference supplies."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 
-from kerneltest.model import FP32, ErrorBudget, Numerics
-
-# Relative error of the division (or reciprocal and product) at the end, and absolute error of the logarithm.
-DIVISION = 2.0**-22
-LOGARITHM = 2.0**-21
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionTerms:
-    """Float64 values of the reference, with p = softmax(s), s = scale * q·k, A = scale * Σ|q||k|, m = max s.
-
-    Shapes: [rows, heads, d_v] for those with ``_out``, [rows, heads] for the others. All of them are sums
-    over the visible keys of a row; a row that sees none has out = 0, lse = -Inf, the rest 0.
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor  # nats
-    abs_out: torch.Tensor  # Σ p |v|
-    dot_out: torch.Tensor  # Σ p A |v|
-    dot_row: torch.Tensor  # Σ p A
-    score_out: torch.Tensor  # Σ p (|s| + |m|) |v|
-    score_row: torch.Tensor  # Σ p (|s| + |m|)
-    peak_out: torch.Tensor  # exp(m - lse) Σ |v|
-    keys: torch.Tensor  # visible keys of a row
+from kerneltest.model import FP32, AccModel, ErrorBudget, Noise, Numerics
+from kerneltest.model.numerics import DIVISION, FLUSHED, LOGARITHM, TYPICAL_ROUNDING, WORST_ROUNDING
+from kerneltest.oracle.attention_terms import AttentionTerms
+from kerneltest.oracle.rounding import Z
 
 
 def attention_budget(
-    terms: AttentionTerms, numerics: Numerics, *, head_dim: int, exact_p: bool = False
+    terms: AttentionTerms,
+    numerics: Numerics,
+    *,
+    head_dim: int,
+    tier: Literal["exact", "hard", "generic"] = "hard",
+    softcap: float = 0.0,
 ) -> dict[str, ErrorBudget]:
-    """The hard budgets of ``out`` and, where the kernel returns one, ``lse`` (in the base that it returns).
+    """The budgets of ``out`` and, where the kernel returns one, ``lse`` (in the base that it returns).
 
-    With u = 2^-24, γ the accumulator's bound, T the number of rescales and n the number of keys of a row:
+    With u = 2^-24, γ an accumulator's bound, T the number of rescales, n the number of keys of a row, m the
+    largest score, B1 = Σ p|v| and o the output:
 
-    * a score is off by ε_j = γ_qk(d) A_j + 4u (|s_j| + |m|), which moves the output by Σ p_j ε_j (|v_j| + |o|);
-    * exp2, T rescales, both sums and the division: η (Σ p|v| + |o|), where
-      η = (1 + T) exp_rel + 2uT + 2^-22 + 2γ_pv(n), because a weight passes its own exponential and up to T factors;
-    * rounding p to its format: u_P Σ p|v| (exact worst case), and η_P exp(m - lse) Σ|v| below its normal range.
+    * a score is off by ε_j = (γ_qk(d) + u_dq) A_j + 4u (|s_j| + |m|) + tanh_rel min(A_j, softcap), where
+      |s_j| <= A_j and |m| <= max A; that moves the output by Σ p_j ε_j (|v_j| + |o|);
+    * a weight passes its own exponential and up to T rescales: ω (B1 + |o|), ω = (1 + T) exp_rel + 2uT;
+    * sums and division: γ_pv(n) B1 + (γ_l(n) + 2^-22) |o|, and u_dq B1 where V is dequantised with rounding;
+    * rounding p to its format: u_P B1 (exact worst case), and η_P exp(m - lse) Σ|v| below its normal range.
       When the denominator sums the rounded p as well, o moves by Σ p_j δ_j (v_j - o): u_P |o| on top;
-    * rounding partial outputs to a format narrower than fp32: u_part Σ_s w_s |o_s| <= u_part Σ p|v|,
-      and η_part below its normal range.
+    * rounding partial outputs to a format narrower than fp32: u_part Σ_s w_s |o_s| <= u_part B1,
+      and η_part below its normal range;
+    * flushing subnormal numbers to zero: 2^-126 for each key and for the output.
 
-    ``exact_p`` leaves out the rounding of p: the inputs make every p a number that needs none.
+    The log-sum-exp is off by Σ p_j ε_j + ω + γ_l(n) + 4u |lse| + 2^-21, and u_P where it sums the rounded p.
+
+    ``exact`` inputs make every p a number that needs no rounding. On ``generic`` ones the rounding of p is noise of
+    standard deviation 0.425 u_P (Σ p²v²)^½, see :func:`_noise`, and the log-sum-exp is judged by noise alone.
     """
-    u, o = FP32.u, terms.out.abs()
-    gamma_qk = numerics.qk.gamma(head_dim)
-    eps_out = gamma_qk * terms.dot_out + 4 * u * terms.score_out
-    eps_row = gamma_qk * terms.dot_row + 4 * u * terms.score_row
-    keys = terms.keys.double()
-    gamma_pv = (torch.ceil(keys / numerics.pv.k_step) + numerics.pv.EXTRA_STEPS) * numerics.pv.u
-    rescales = torch.ceil(keys / numerics.tile)
-    eta = (1 + rescales) * numerics.exp_rel + 2 * u * rescales + DIVISION + 2 * gamma_pv
-    hard = eps_out + o * eps_row.unsqueeze(-1) + eta.unsqueeze(-1) * (terms.abs_out + o)
-    if not exact_p:
-        hard = hard + numerics.p.u * terms.abs_out + numerics.p.eta * terms.peak_out
+    row = _RowErrors(terms, numerics, head_dim, softcap)
+    o, u_dq = terms.out.abs(), numerics.dequant.u if numerics.dequant else 0.0
+    # All factors of Σ p|v| and of |o| together first: rows are fewer than channels, and each operation is a pass.
+    of_abs_out = row.largest + row.weight + row.gamma_pv + u_dq
+    of_out = row.score_row + row.weight + row.gamma_l + DIVISION
+    of_peak_out = FLUSHED if tier == "exact" else FLUSHED + numerics.p.eta
+    systematic = row.score_out + FLUSHED * (terms.keys + 1).unsqueeze(-1)
+    systematic.addcmul_(of_abs_out.unsqueeze(-1), terms.abs_out)
+    systematic.addcmul_(of_out.unsqueeze(-1), o)
+    systematic.add_(terms.peak_out, alpha=of_peak_out)
+    hard = systematic
+    if tier != "exact":
+        hard = torch.add(hard, terms.abs_out, alpha=numerics.p.u)
         if numerics.l_from == "rounded_p":
             # Both sums are off by u_P at most, so their quotient by u_P / (1 - u_P).
             hard = (hard + numerics.p.u * o) / (1 - numerics.p.u)
     if numerics.partial.t < FP32.t:
         hard = hard + numerics.partial.u * terms.abs_out + numerics.partial.eta
-    budgets = {"out": ErrorBudget(ref=terms.out, hard=hard, out=numerics.out)}
+    slack, noise = numerics.slack, None
+    scores, weight, gamma_l = row.score_row, row.weight, row.gamma_l
+    if tier == "generic":
+        noisy = _RowNoise(terms, numerics, row, head_dim, softcap)
+        scores, weight, gamma_l = noisy.score_sum, noisy.weight, noisy.gamma_l
+        if terms.spread:
+            noise = _noise(terms, numerics, noisy, systematic)
+    budgets = {"out": ErrorBudget(ref=terms.out, hard=slack * hard, out=numerics.out, noise=noise)}
     if numerics.lse_base is not None:
-        lse = terms.lse.abs().nan_to_num(posinf=0.0)
-        nats = eps_row + eta + 4 * u * lse + LOGARITHM
-        if numerics.l_from == "rounded_p" and not exact_p:
-            nats = nats + numerics.p.u
-        unit = 1.0 if numerics.lse_base == "e" else 1.0 / math.log(2.0)
-        budgets["lse"] = ErrorBudget(ref=terms.lse * unit, hard=nats * unit, out=FP32, minus_inf=numerics.lse_no_key)
+        nats = scores + weight + gamma_l + 4 * FP32.u * terms.lse.abs().nan_to_num(posinf=0.0) + LOGARITHM
+        if numerics.l_from == "rounded_p" and tier != "exact":
+            rounding = torch.full_like(nats, numerics.p.u)
+            if tier == "generic":
+                rounding = rounding.clamp(max=Z * WORST_ROUNDING * numerics.p.u * terms.square_row.sqrt())
+            nats = nats + rounding
+        unit = slack if numerics.lse_base == "e" else slack / math.log(2.0)
+        scaled = terms.lse if numerics.lse_base == "e" else terms.lse / math.log(2.0)
+        budgets["lse"] = ErrorBudget(ref=scaled, hard=nats * unit, out=FP32, minus_inf=numerics.lse_no_key)
     return budgets
+
+
+class _RowErrors:
+    """The errors that belong to a row, not to an output channel: of scores, weights and sums."""
+
+    def __init__(self, terms: AttentionTerms, numerics: Numerics, head_dim: int, softcap: float) -> None:
+        u = FP32.u
+        relative = numerics.qk.gamma(head_dim) + (numerics.dequant.u if numerics.dequant else 0.0) + 4 * u
+        alive = (terms.keys > 0).double()
+        # A part of Σ p ε |v| that is a factor of Σ p|v| is kept apart from the rest of it.
+        self.largest = 4 * u * terms.dot_max
+        self.score_out = relative * terms.dot_out
+        self.score_row = relative * terms.dot_row + self.largest * alive
+        self.score_max = relative * terms.dot_max + self.largest
+        if softcap:
+            rel = numerics.tanh_rel
+            self.score_out = self.score_out + rel * torch.minimum(terms.dot_out, softcap * terms.abs_out)
+            self.score_row = self.score_row + rel * torch.minimum(terms.dot_row, softcap * alive)
+            self.score_max = self.score_max + rel * terms.dot_max.clamp(max=softcap)
+        rescales = torch.ceil(terms.keys / numerics.tile)
+        self.weight = (1 + rescales) * numerics.exp_rel + 2 * u * rescales
+        self.lengths = _Lengths(terms.keys)
+        self.gamma_pv = self.lengths.each(numerics.pv.gamma)
+        self.gamma_l = self.lengths.each(numerics.row_sum.gamma)
+
+
+class _RowNoise:
+    """The same on independent random inputs, whose partial sums stay small and whose errors mostly have no direction.
+
+    The partial sums of q·k are a random walk that ends at s: in root mean square (s² / 3 + N² / 6)^½ with
+    N² = Σ q²k²; with (s² + 2N²)^½ for it, a walk and its errors exceed Z deviations with a probability of 4e-17.
+    The running maximum of n random tiles is renewed about ln n times, not n times, and a rescale by 1 costs nothing.
+    """
+
+    def __init__(
+        self, terms: AttentionTerms, numerics: Numerics, row: _RowErrors, head_dim: int, softcap: float
+    ) -> None:
+        u, qk = FP32.u, numerics.qk
+        s, n = terms.score_max.square(), terms.norm_max.square()
+        dequant = numerics.dequant.u if numerics.dequant else 0.0
+        directed = qk.bias(head_dim) * (s + n).sqrt() + 8 * u * terms.score_max
+        if softcap:
+            directed = directed + numerics.tanh_rel * terms.score_max
+        # One standard deviation of a score's error; what has a direction, of scores and of weights.
+        self.score = qk.deviation(head_dim) * (s + 2 * n).sqrt() + dequant * terms.norm_max
+        tiles = torch.ceil(terms.keys / numerics.tile)
+        rescales = torch.minimum(tiles, 12 + 4 * torch.log(tiles + 1))
+        self.weight = (1 + rescales) * numerics.exp_rel + 2 * u * rescales
+        self.directed = torch.minimum(directed, row.score_max) + self.weight
+        self.score_sum = torch.minimum(row.score_row, directed + Z * self.score * terms.square_row.sqrt())
+        self.gamma_l = row.lengths.each(lambda n: _noise_gamma(numerics.row_sum, n))
+        self.bias_pv = row.lengths.each(numerics.pv.bias)
+        self.deviation_pv = row.lengths.each(numerics.pv.deviation)
+
+
+def _noise(terms: AttentionTerms, numerics: Numerics, row: _RowNoise, bound: torch.Tensor) -> Noise:
+    """Errors on independent random inputs, where V has nothing to do with the weights' errors.
+
+    A weight that is off by ω_j moves the output by Σ p_j ω_j (v_j - o), a sum of terms of random sign: at most
+    Z ω (Σ p²(v - o)²)^½. Along a filter w, whatever the signs, Cauchy and Schwarz allow ω n^½ (Σ p² ((v - o)·w)²)^½.
+    Partial sums of P·V stay within |o| + 8 (Σ p²v²)^½, not Σ p|v|. ``bound``: what ``det`` can never exceed.
+    """
+    o, b2, s2 = terms.out.abs(), terms.square_out.sqrt(), terms.square_row.sqrt()
+    centred = numerics.l_from == "rounded_p"
+    away = b2 + o * s2.unsqueeze(-1)
+    others = (
+        row.bias_pv.unsqueeze(-1) * (o + 8 * b2)
+        + (row.gamma_l + DIVISION).unsqueeze(-1) * o
+        + (FLUSHED + numerics.p.eta) * terms.peak_out
+        + FLUSHED * (terms.keys.unsqueeze(-1) + 1)
+    )
+    # Noise that no other element shares: of P·V's sums, V's dequantisation and partial outputs.
+    own = (row.deviation_pv.unsqueeze(-1) * (o + 3 * b2)).square()
+    if numerics.dequant:
+        own = own + (TYPICAL_ROUNDING * numerics.dequant.u) ** 2 * terms.square_out
+    if numerics.partial.t < FP32.t:
+        own = own + (TYPICAL_ROUNDING * numerics.partial.u) ** 2 * (o.square() + terms.square_out)
+        others = others + numerics.partial.eta
+    # Noise of weights, of which every channel has some: of rounding P, and of scores.
+    u_p, score = TYPICAL_ROUNDING * numerics.p.u, row.score
+    shared = (u_p * (away if centred else b2)).square() + (score.unsqueeze(-1) * away).square()
+    slack, spread = numerics.slack, terms.spread
+    assert spread is not None, "the caller checks it"
+
+    def along(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rounded = spread(weight, centred)
+        moved = rounded if centred else rounded + (terms.out * weight).sum(-1).abs() * s2
+        variance = (u_p * rounded).square() + (score * moved).square() + (weight.square() * own).sum(-1)
+        bias = row.directed * terms.keys.sqrt() * moved + (others * weight.abs()).sum(-1)
+        return slack * variance.sqrt(), slack * bias
+
+    return Noise(
+        det=slack * torch.minimum(Z * row.directed.unsqueeze(-1) * away + others, bound),
+        sigma=slack * (shared + own).sqrt(),
+        # The effective number of terms in a sum of noise of variances p².
+        freedom=torch.where(terms.fourth_row > 0, terms.square_row.square() / terms.fourth_row, 1.0),
+        along=along,
+    )
+
+
+class _Lengths:
+    """The different numbers of keys, found once: a device is waited for when they come to the host."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.keys = keys
+        lengths, self.where = torch.unique(keys, return_inverse=True)
+        self.lengths: list[float] = lengths.tolist()
+
+    def each(self, bound: Callable[[float], float]) -> torch.Tensor:
+        """The bound for each row's number of keys."""
+        return self.keys.new_tensor([bound(n) for n in self.lengths])[self.where]
+
+
+def _noise_gamma(acc: AccModel, keys: float) -> float:
+    """The accumulator's bound as a share of a random walk's largest partial sum."""
+    return min(acc.gamma(keys), acc.bias(keys) + Z * acc.deviation(keys))

@@ -6,6 +6,9 @@ import torch
 
 from kerneltest.model import ErrorBudget, Fmt
 
+# Standard deviations that no sum of independent errors reaches: 2 exp(-8.5² / 2) = 4e-16 for each element.
+Z = 8.5
+
 
 def interval(budget: ErrorBudget) -> tuple[torch.Tensor, torch.Tensor]:
     """[RN(ref - hard), RN(ref + hard)] in the output format, as float64.

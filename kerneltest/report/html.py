@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kerneltest.model import Device, RunRecord, Verdict
+from kerneltest.model import Conclusion, Device, RunRecord
 
 TEMPLATE = "report.html.jinja"
 
@@ -33,7 +34,12 @@ def html(run: RunRecord) -> str:
     )
     environment.tests["over"] = _over
     return environment.get_template(TEMPLATE).render(
-        run=run, headline=_headline(run), totals=_totals(run), devices=_devices(run), libraries=_libraries(run)
+        run=run,
+        headline=_headline(run),
+        totals=_totals(run),
+        devices=_devices(run),
+        libraries=_libraries(run),
+        energies=_energies(run),
     )
 
 
@@ -51,6 +57,24 @@ class _Totals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Energies:
+    """The fingerprints of the kernels: a column for each input strategy, a row for each output judged by noise."""
+
+    inputs: tuple[str, ...]
+    rows: tuple[_EnergyRow, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _EnergyRow:
+    kernel: str
+    output: str
+    energy: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Headline:
     """The verdict on the whole run: a word, the style that goes with it, and why in a sentence."""
 
@@ -62,14 +86,23 @@ class _Headline:
 def _totals(run: RunRecord) -> _Totals:
     verdicts = [kernel.verdict for kernel in run.kernels]
     return _Totals(
-        green=verdicts.count(Verdict.GREEN),
-        red=verdicts.count(Verdict.RED),
-        unchecked=verdicts.count(Verdict.UNCHECKED),
+        green=verdicts.count(Conclusion.GREEN),
+        red=verdicts.count(Conclusion.RED),
+        unchecked=verdicts.count(Conclusion.UNCHECKED),
         broken=len(run.unchecked),
         cases=len({(kernel.suite, kernel.name, case.id) for kernel in run.kernels for case in kernel.cases}),
         launches=sum(kernel.launches for kernel in run.kernels),
         unsupported=sum(sum(kernel.unsupported.values()) for kernel in run.kernels),
     )
+
+
+def _energies(run: RunRecord) -> _Energies:
+    rows = tuple(
+        _EnergyRow(kernel=kernel.name, output=output, energy=energy)
+        for kernel in run.kernels
+        for output, energy in kernel.energy.items()
+    )
+    return _Energies(inputs=tuple(sorted({inputs for row in rows for inputs in row.energy})), rows=rows)
 
 
 def _headline(run: RunRecord) -> _Headline:

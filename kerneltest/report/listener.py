@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kerneltest
-from kerneltest.model import KernelRecord, RunRecord, Unchecked, Verdict, decode
+from kerneltest.model import Conclusion, KernelRecord, RunRecord, Unchecked, decode
 
 if TYPE_CHECKING:
     import pytest
@@ -90,13 +90,14 @@ def _write(path: Path, text: str) -> Path:
 def _lines(run: RunRecord) -> list[str]:
     lines = []
     for kernel in run.kernels:
-        if kernel.verdict is Verdict.UNCHECKED:
+        if kernel.verdict is Conclusion.UNCHECKED:
             continue  # has a line of its own below, with the reason
         used = ", ".join(f"{output} {share:.2f}" for output, share in kernel.used.items()) or "-"
+        slack = f" of a budget widened by slack {kernel.slack:g}" if kernel.slack > 1 else ""
         refused = sum(kernel.unsupported.values())
         lines.append(
             f"{kernel.verdict.value:9} {kernel.name}: {len(kernel.cases)} cases, {refused} unsupported, "
-            f"budget used {used}, {kernel.seconds:.1f} s"
+            f"budget used {used}{slack}, {kernel.seconds:.1f} s"
         )
     for place in run.coverage:
         if place.share is not None:

@@ -36,7 +36,13 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
                 "cases": len(kernel.cases),
                 "unsupported": sum(kernel.unsupported.values()),
                 "launches": kernel.launches,
+                "inputs": kernel.inputs,
                 "used": {output: round(share, 4) for output, share in kernel.used.items()},
+                "slack": kernel.slack,
+                "energy": {
+                    output: {inputs: round(value, 4) for inputs, value in by_inputs.items()}
+                    for output, by_inputs in kernel.energy.items()
+                },
                 "verdict": kernel.verdict.value,
                 "seconds": round(kernel.seconds, 3),
             }

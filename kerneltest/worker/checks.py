@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from kerneltest.model import Finding, Pattern, Place
-from kerneltest.oracle.compare import Comparison, compare
 from kerneltest.oracle.rounding import interval
+from kerneltest.oracle.verdict import Tier, Verdict
+from kerneltest.worker.agreement import agrees_with_its_peer
 from kerneltest.worker.execution import Execution, Observation
 from kerneltest.worker.poison import as_bits, holds
+from kerneltest.worker.relations import relation_holds
 
 # How often a pair of launches is repeated before its difference is blamed on a poison.
 REPEATS = 3
 
 
-def judge(execution: Execution) -> tuple[Finding | None, dict[str, float]]:
-    """The first finding, or None with the largest share of the error budget that each output used."""
-    for check in CHECKS:
-        if finding := check(execution):
-            return finding, {}
-    return None, {name: comparison.used for name, comparison in _compare_all(execution, execution.observations[0])}
+def first_finding(execution: Execution) -> Finding | None:
+    """The first thing that any check finds wrong, or None."""
+    finding = next((finding for check in CHECKS if (finding := check(execution))), None)
+    return finding and _explained(execution, finding)
 
 
 def outputs_have_the_right_form(execution: Execution) -> Finding | None:
@@ -80,34 +81,58 @@ def answer_is_independent_of_poison(execution: Execution) -> Finding | None:
 
 
 def outputs_lie_within_budget(execution: Execution) -> Finding | None:
-    """Tier T0, where it is finite, and T1, the hard interval, against the float64 reference."""
-    for name, result in _compare_all(execution, execution.observations[0]):
-        if result.ok or result.first is None or result.worst is None:
-            continue
-        if result.nonfinite:
-            return _finding(
-                execution,
-                "NonFinite",
-                key=name,
-                what=f"{name}: {_count(result.nonfinite, result.total)} differ from the reference in being finite",
-                details=(
-                    f"first at {_locate(execution, name, result.first)}: got {result.actual:g}, "
-                    f"reference {result.expected:.6g}",
-                ),
-            )
+    """All tiers of the oracle, against the float64 reference."""
+    rejected = (_rejected(execution, name, verdict) for name, verdict in execution.verdicts.items())
+    return next(filter(None, rejected), None)
+
+
+def _rejected(execution: Execution, name: str, verdict: Verdict) -> Finding | None:
+    seen, where = verdict.comparison, ""
+    if verdict.failed is Tier.FINITE:
+        assert seen.first is not None
+        return _finding(
+            execution,
+            "NonFinite",
+            key=name,
+            what=f"{name}: {_count(seen.nonfinite, seen.total)} differ from the reference in being finite",
+            details=(
+                f"first at {_locate(execution, name, seen.first)}: got {seen.actual:g}, reference {seen.expected:.6g}",
+            ),
+        )
+    if verdict.failed is None:
+        return None
+    assert seen.worst is not None
+    worst = (
+        f"worst at {_locate(execution, name, seen.worst)}: got {seen.actual:.9g}, reference {seen.expected:.9g}, "
+        f"|error| {abs(seen.actual - seen.expected):.3g}, bound {seen.bound:.3g} "
+        f"({seen.used:.3g} times what is allowed, rounding included)"
+    )
+    if verdict.failed is Tier.HARD:
+        assert seen.first is not None
         return _finding(
             execution,
             "Mismatch",
             key=name,
-            what=f"{name}: {_count(result.outside, result.total)} lie outside their error budget",
-            details=(
-                f"first at {_locate(execution, name, result.first)}",
-                f"worst at {_locate(execution, name, result.worst)}: got {result.actual:.9g}, reference "
-                f"{result.expected:.9g}, |error| {abs(result.actual - result.expected):.3g}, bound {result.bound:.3g} "
-                f"({result.used:.3g} times what is allowed, rounding included)",
-            ),
+            what=f"{name}: {_count(seen.outside, seen.total)} lie outside their error budget",
+            details=(f"first at {_locate(execution, name, seen.first)}", worst),
         )
-    return None
+    if verdict.where:
+        # A row or a token has fewer indices than an element: the words of its first element are those of both.
+        first = (*verdict.where, *(0,) * (execution.budgets[name].ref.dim() - len(verdict.where)))
+        where = f", most at {_locate(execution, name, first)}"
+    return _finding(
+        execution,
+        "Mismatch",
+        key=f"{name}, {verdict.failed.name.lower()}",
+        what=f"{name}: errors that rounding does not make on random inputs: {verdict.failed.value}{where}",
+        details=(
+            f"{seen.unlikely} of {seen.total} elements beyond the statistical interval; mean energy "
+            f"{verdict.energy:.3g}, largest of a row {verdict.worst_energy:.3g}; bias of a row {verdict.z_row:.3g}, "
+            f"of the case {verdict.z_case:.3g} standard deviations",
+            worst,
+        ),
+        by_chance=True,
+    )
 
 
 CHECKS: tuple[Callable[[Execution], Finding | None], ...] = (
@@ -116,13 +141,9 @@ CHECKS: tuple[Callable[[Execution], Finding | None], ...] = (
     outputs_are_written,
     answer_is_independent_of_poison,
     outputs_lie_within_budget,
+    relation_holds,
+    agrees_with_its_peer,
 )
-
-
-def _compare_all(execution: Execution, seen: Observation) -> Iterable[tuple[str, Comparison]]:
-    for name, value in seen.outputs.items():
-        if name in execution.budgets:
-            yield name, compare(value, execution.budgets[name])
 
 
 def _difference(
@@ -207,11 +228,35 @@ def _two_values(execution: Execution, name: str, index: tuple[int, ...], one: Ob
     return f"first at {_locate(execution, name, index)}: {a:.9g} in one launch, {b:.9g} in the other"
 
 
+def _explained(execution: Execution, finding: Finding) -> Finding:
+    """A finding of wrong values with what the operator can say of their cause, from the first launch that tells."""
+    if finding.kind not in ("Mismatch", "NonFinite", "StaleState"):
+        return finding
+    explain, inputs = execution.kernel.operator.explain, execution.materials.inputs
+    causes = (explain(execution.case, inputs, seen.outputs) for seen in execution.observations)
+    cause = next(filter(None, causes), None)
+    return replace(finding, details=(*finding.details, cause)) if cause else finding
+
+
 def _finding(
-    execution: Execution, kind: str, *, key: str, what: str, details: tuple[str, ...] = (), culprit: str | None = None
+    execution: Execution,
+    kind: str,
+    *,
+    key: str,
+    what: str,
+    details: tuple[str, ...] = (),
+    culprit: str | None = None,
+    by_chance: bool = False,
 ) -> Finding:
-    kernel = execution.kernel.name
-    return Finding(kind=kind, kernel=kernel, key=key, what=what, details=details, culprit=culprit)
+    return Finding(
+        kind=kind,
+        kernel=execution.kernel.name,
+        key=key,
+        what=what,
+        details=details,
+        culprit=culprit,
+        by_chance=by_chance,
+    )
 
 
 def _fill(seen: Observation) -> Pattern:

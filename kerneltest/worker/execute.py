@@ -8,7 +8,7 @@ from typing import Any
 
 from kerneltest.model import Case, Device, Finding, Kernel, Outcome, Status, Unsupported
 from kerneltest.worker import device as devices
-from kerneltest.worker.checks import judge
+from kerneltest.worker.checks import first_finding
 from kerneltest.worker.execution import Execution, KernelRaised
 from kerneltest.worker.poison import Poisoner
 
@@ -16,31 +16,44 @@ from kerneltest.worker.poison import Poisoner
 TRACEBACK_FRAMES = 4
 
 
-def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner) -> Outcome:
-    """Run and judge one case. Whatever the kernel does wrong is a finding; this raises only for our own mistakes."""
+def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner, peer: Kernel | None = None) -> Outcome:
+    """Run and judge one case, beside ``peer`` if there is one.
+
+    Whatever the kernel does wrong is a finding; this raises only for our own mistakes.
+    """
     start = time.perf_counter()
     try:
         if reason := kernel.unsupported(case, device):
             return Outcome(status=Status.UNSUPPORTED, reason=reason)
-        kernel.numerics(case, device)  # wanted much later, but what it raises belongs to the kernel as well
     except Exception as error:
         return _raised(kernel, error, device, 0, time.perf_counter() - start)
-    execution = Execution(kernel, case, device, poisoner)
+    try:
+        numerics = kernel.numerics(case, device)  # wanted much later, but without it nothing can be judged
+    except Exception as error:
+        what = str(error).strip() or type(error).__name__
+        bad = Finding(kind="BadNumerics", kernel=kernel.name, key="", what=what, details=tuple(_frames(error)))
+        return Outcome(status=Status.FAILED, finding=bad)
+    execution = Execution(kernel, case, device, poisoner, peer=peer)
     try:
         for pattern in execution.strategy.patterns:
             execution.observations.append(execution.observe(execution.uniform(pattern)))
-        finding, used = judge(execution)  # which launches again to find a culprit
+        finding = first_finding(execution)  # which launches again to find a culprit
     except Unsupported as error:
         return Outcome(status=Status.UNSUPPORTED, reason=str(error))
     except KernelRaised as raised:
         return _raised(kernel, raised.error, device, execution.launches, time.perf_counter() - start)
+    verdicts = {} if finding else execution.verdicts
     return Outcome(
         status=Status.FAILED if finding else Status.PASSED,
         seconds=time.perf_counter() - start,
         launches=execution.launches,
         finding=finding,
-        used=used,
-        unjudged=tuple(sorted(set(execution.materials.outputs) - set(used))) if finding is None else (),
+        used={name: verdict.used for name, verdict in verdicts.items()},
+        energy={name: verdict.energy for name, verdict in verdicts.items() if verdict.energy is not None},
+        slack=numerics.slack,
+        wide=() if finding else execution.wide,
+        unjudged=tuple(sorted(set(execution.materials.outputs) - set(verdicts))) if finding is None else (),
+        unchecked_relation=execution.unchecked_relation,
     )
 
 

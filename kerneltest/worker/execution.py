@@ -22,7 +22,9 @@ from kerneltest.model import (
     Pattern,
     Place,
     Unsupported,
+    Variant,
 )
+from kerneltest.oracle.verdict import Verdict, judge
 from kerneltest.worker import device as devices
 from kerneltest.worker.poison import Plan, Poisoner, as_bits, fill_bytes, fill_dead
 
@@ -48,10 +50,18 @@ class Observation:
 class Execution:
     """One case of one kernel in progress: what has been observed, and the means to observe more."""
 
-    def __init__(self, kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner) -> None:
-        self.kernel, self.case, self.device = kernel, case, device
+    def __init__(
+        self,
+        kernel: Kernel,
+        case: Case[Any],
+        device: Device,
+        poisoner: Poisoner,
+        materials: Materials | None = None,
+        peer: Kernel | None = None,
+    ) -> None:
+        self.kernel, self.case, self.device, self.peer = kernel, case, device, peer
         self.strategy: InputStrategy = kernel.operator.strategy(case.inputs)
-        self.materials: Materials = kernel.operator.materialize(case)
+        self.materials: Materials = materials or kernel.operator.materialize(case)
         self.expected: Mapping[str, OutputSpec] = {
             name: spec
             for name, spec in self.materials.outputs.items()
@@ -62,6 +72,15 @@ class Execution:
         dead = dict.fromkeys(part.place for part in self.materials.dead)
         self.places: tuple[Place, ...] = (Place.OUTPUTS, *dead, *poisoner.hidden_places)
         self.observations: list[Observation] = []
+        self.unchecked_relation: str | None = None  # why the case's relation says nothing of this kernel
+
+    def related(self, variant: Variant) -> Execution:
+        """The same kernel on a transformed case."""
+        other = Execution(self.kernel, variant.case, self.device, self._poisoner, variant.materials)
+        if self.strategy.tier == "generic":
+            # Keys that were repeated or picked are not independent any more: only the worst case bounds them.
+            other.strategy = replace(self.strategy, tier="hard")
+        return other
 
     def uniform(self, pattern: Pattern) -> Plan:
         """The plan that fills every place with the same pattern."""
@@ -100,12 +119,38 @@ class Execution:
         copies = {output: value.detach().to("cpu", copy=True) for output, value in returned.items()}
         return Observation(plan=plan, outputs=copies, mutated=mutated)
 
+    def beside(self, peer: Kernel) -> Execution:
+        """The same case run by another kernel, judged by the same reference."""
+        other = Execution(peer, self.case, self.device, self._poisoner, self.materials)
+        other.terms = self.terms
+        return other
+
+    @cached_property
+    def terms(self) -> Any:
+        """The reference, computed from the host tensors after the first launch is over and its outputs are away."""
+        return self.kernel.operator.reference(self.case, self.materials.inputs, self.device.torch_name)
+
     @cached_property
     def budgets(self) -> Mapping[str, ErrorBudget]:
-        """The reference, computed from the host tensors after the first launch is over and its outputs are away."""
-        operator = self.kernel.operator
-        terms = operator.reference(self.case, self.materials.inputs, self.device.torch_name)
-        return operator.budget(self.case, terms, self.kernel.numerics(self.case, self.device), self.strategy)
+        """How far the kernel's arithmetic may take each output from the reference."""
+        numerics = self.kernel.numerics(self.case, self.device)
+        return self.kernel.operator.budget(self.case, self.terms, numerics, self.strategy)
+
+    @property
+    def wide(self) -> tuple[str, ...]:
+        """The outputs whose budget is anywhere more than twice as wide as plain fp32 arithmetic would need."""
+        plain = self.kernel.numerics(self.case, self.device).plain
+        needed = self.kernel.operator.budget(self.case, self.terms, plain, self.strategy)
+        return tuple(name for name, own in self.budgets.items() if bool((own.hard > 2 * needed[name].hard).any()))
+
+    @cached_property
+    def verdicts(self) -> Mapping[str, Verdict]:
+        """The oracle's word on each output of the first launch that has a budget."""
+        return self.judged(self.observations[0])
+
+    def judged(self, seen: Observation) -> Mapping[str, Verdict]:
+        """The oracle's word on each output of a launch that has a budget."""
+        return {name: judge(value, self.budgets[name]) for name, value in seen.outputs.items() if name in self.budgets}
 
 
 @contextmanager

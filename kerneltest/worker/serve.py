@@ -54,7 +54,8 @@ class Worker:
         assert self._device is not None
         kernel = self._kernel(run.source, run.kernel)
         case: Case[Any] = Case.from_json(run.case, kernel.operator.axes)
-        return execute(kernel, case, self._device, self._poisoner)
+        peer = self._kernel(*run.peer) if run.peer else None
+        return execute(kernel, case, self._device, self._poisoner, peer)
 
     def _kernel(self, source: str, name: str) -> Kernel:
         if (source, name) not in self._kernels:

@@ -45,7 +45,7 @@ def planner(backend: str) -> Callable[[Call], Any]:
             axes.head_dim,
             axes.page_size,
             causal=axes.causal,
-            sm_scale=axes.sm_scale,
+            sm_scale=axes.scale,
             q_data_type=getattr(torch, axes.dtype),
             kv_data_type=getattr(torch, axes.dtype),
         )
@@ -97,6 +97,7 @@ def fa2_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
         p=fmt,
         out=fmt,
         l_from="rounded_p",
+        row_sum=WGMMA_16BIT,  # a product with ones
         partial=fmt,
         lse_base="2",
         lse_no_key=NO_KEY_LSE,
@@ -130,6 +131,8 @@ fa2 = Kernel(
     launch=launch,
     numerics=fa2_numerics,
     unsupported=unsupported,
+    # The plan depends on lengths alone, and every KV head has blocks of its own: neither pages nor heads change bits.
+    inexact={"value_scale": "partial outputs of split keys in fp16 may be subnormal, and then have fewer digits"},
     specialisation=specialisation,
     devices=("cuda",),
     library="flashinfer",

@@ -25,11 +25,13 @@ from kerneltest.model import (
     Size,
 )
 
+from ._relations import RELATIONS
+
 if TYPE_CHECKING:
     import torch
     from hypothesis import strategies as st
 
-    from kerneltest.oracle.attention import AttentionTerms
+    from kerneltest.oracle.attention_terms import AttentionTerms
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
@@ -40,6 +42,10 @@ KV_HEADS = (1, 2, 4)
 PAGE_SIZES = (1, 4, 16, 64)
 TILES = (64, 128)
 MAX_SPARE_PAGES = 3
+LN_2 = math.log(2.0)
+# How often a request has which keys. A prefill of the whole prompt has as many keys as queries: the commonest request,
+# and too rare by chance, as are rows that see no key, because there are fewer keys than queries or none at all.
+KEYS = {"any": 7, "of the prompt": 7, "fewer": 1, "none": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,7 @@ class PagedPrefill:
     """Axes of a case. ``group`` query heads share a KV head; ``spare_pages`` lie in the cache and belong to nobody.
 
     ``shuffled``: physical pages in random order, so that a request's pages are neither contiguous nor ascending.
+    ``sm_scale`` multiplies the scores; None means 1 / √head_dim.
     """
 
     requests: tuple[Request, ...]
@@ -70,6 +77,7 @@ class PagedPrefill:
     causal: bool
     shuffled: bool
     spare_pages: int
+    sm_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "kv_heads", "group", "page_size"):
@@ -91,8 +99,9 @@ class PagedPrefill:
         return sum(request.qo_len for request in self.requests)
 
     @property
-    def sm_scale(self) -> float:
-        return 1.0 / math.sqrt(self.head_dim)
+    def scale(self) -> float:
+        """What the scores are multiplied by."""
+        return 1.0 / math.sqrt(self.head_dim) if self.sm_scale is None else self.sm_scale
 
     def pages(self, request: Request) -> int:
         """Pages that the request references."""
@@ -104,15 +113,20 @@ def _requests(size: Size, page_size: int, min_qo_len: int = 0) -> st.SearchStrat
 
     from kerneltest.strategies import edges
 
-    def build(qo_len: int, kv_len: int, whole: bool) -> Request:
-        # A prefill of the whole prompt has as many keys as queries: the commonest request, and too rare by chance.
-        return Request(qo_len=qo_len, kv_len=min(qo_len, size.kv_len) if whole else kv_len)
+    def build(qo_len: int, kv_len: int, keys: str) -> Request:
+        shorter = {
+            "any": kv_len,
+            "of the prompt": min(qo_len, size.kv_len),
+            "fewer": min(kv_len, qo_len // 2),
+            "none": 0,
+        }
+        return Request(qo_len=qo_len, kv_len=shorter[keys])
 
     return st.builds(
         build,
         qo_len=edges(size.qo_len, *TILES, minimum=min_qo_len),
         kv_len=edges(size.kv_len, page_size, *TILES),
-        whole=st.booleans(),
+        keys=st.sampled_from([name for name, weight in KEYS.items() for _ in range(weight)]),
     )
 
 
@@ -139,8 +153,12 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
             shuffled=draw(st.booleans()),
             spare_pages=draw(st.integers(0, MAX_SPARE_PAGES)),
         )
-        inputs = draw(st.sampled_from([strategy.name for strategy in INPUTS]))
-        return Case(operator="paged_prefill", axes=axes, inputs=inputs, seed=draw(st.integers(0, 2**32 - 1)))
+        inputs = draw(st.sampled_from([name for name, weight in WEIGHTS.items() for _ in range(weight)]))
+        axes = replace(axes, sm_scale=LN_2 if inputs == "dyadic" else None)
+        case = Case(operator="paged_prefill", axes=axes, inputs=inputs, seed=draw(st.integers(0, 2**32 - 1)))
+        # Drawn from all of them, whether they apply or not: shrinking the case must not turn one into another.
+        relation = draw(st.sampled_from([None, *RELATIONS]))
+        return replace(case, relation=relation.name) if relation and relation.applies(case) else case
 
     return draw_case()
 
@@ -150,13 +168,15 @@ def materialize(case: Case[PagedPrefill]) -> Materials:
 
     ``q`` [total_qo, q_heads, d]; ``k_pages``, ``v_pages`` [pages, page_size, kv_heads, d]; int32 ``qo_indptr``,
     ``kv_indptr`` [batch + 1] (the latter counts pages), ``kv_indices`` [referenced pages] and
-    ``kv_last_page_len`` [batch], which is 0 for a request without keys.
+    ``kv_last_page_len`` [batch], which is 0 for a request without keys. The values of q, k and v are those of
+    ``case.inputs``; raises ValueError if its scale does not fit them.
     """
     import torch
 
+    from ._inputs import values
+
     axes = case.axes
     random = torch.Generator().manual_seed(case.seed)
-    dtype = getattr(torch, axes.dtype)
     counts = [axes.pages(request) for request in axes.requests]
     referenced = sum(counts)
     # At least one page, because a cache of none is not a cache.
@@ -164,22 +184,10 @@ def materialize(case: Case[PagedPrefill]) -> Materials:
     order = torch.randperm(total, generator=random) if axes.shuffled else torch.arange(total)
     indices = order[:referenced]
     live = torch.zeros(total, axes.page_size, dtype=torch.bool)
-    position = torch.zeros(total, axes.page_size, dtype=torch.long)
-    first = 0
-    for request, count in zip(axes.requests, counts, strict=True):
-        slots = torch.arange(count * axes.page_size).view(count, axes.page_size)
-        pages = indices[first : first + count]
-        live[pages], position[pages] = slots < request.kv_len, slots
-        first += count
-    cache = (total, axes.page_size, axes.kv_heads, axes.head_dim)
-    q = torch.randn(axes.total_qo, axes.q_heads, axes.head_dim, generator=random).to(dtype)
-    k = torch.randn(cache, generator=random).to(dtype)
-    v = torch.randn(cache, generator=random).to(dtype)
-    if case.inputs == "count":
-        # q = 0 makes every weight exactly 1; one-hot values then count how often each slot was seen.
-        q.zero_()
-        dim = (position.unsqueeze(-1) + torch.arange(axes.kv_heads)) % axes.head_dim
-        v = torch.nn.functional.one_hot(dim, axes.head_dim).to(dtype)
+    pages = torch.split(indices, counts)
+    for request, own in zip(axes.requests, pages, strict=True):
+        live[own] = torch.arange(own.numel() * axes.page_size).view(-1, axes.page_size) < request.kv_len
+    q, k, v = values(case, pages, total, random)
     in_use = torch.zeros(total, dtype=torch.bool)
     in_use[indices] = True
     dead = [
@@ -220,21 +228,23 @@ def reference(case: Case[PagedPrefill], inputs: Mapping[str, torch.Tensor], devi
     """Float64 values and budget terms; see :mod:`._reference`."""
     from ._reference import paged_attention_terms
 
-    return paged_attention_terms(inputs, causal=case.axes.causal, sm_scale=case.axes.sm_scale, device=device)
+    return paged_attention_terms(inputs, causal=case.axes.causal, sm_scale=case.axes.scale, device=device)
 
 
 def budget(
     case: Case[PagedPrefill], terms: AttentionTerms, numerics: Numerics, strategy: InputStrategy
 ) -> Mapping[str, ErrorBudget]:
-    """The hard budgets of ``out`` and ``lse``."""
+    """The budgets of ``out`` and ``lse``."""
     from kerneltest.oracle.attention import attention_budget
 
-    return attention_budget(terms, numerics, head_dim=case.axes.head_dim, exact_p=strategy.exact_p)
+    return attention_budget(terms, numerics, head_dim=case.axes.head_dim, tier=strategy.tier)
 
 
 def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     """The case with one request less, or one number at its simplest value."""
     axes = case.axes
+    if case.relation:
+        yield replace(case, relation="")
 
     def with_requests(requests: list[Request]) -> Case[PagedPrefill]:
         return replace(case, axes=replace(axes, requests=tuple(requests)))
@@ -263,8 +273,9 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     for name, value in simplest.items():
         if getattr(axes, name) != value:
             yield replace(case, axes=replace(axes, **{name: value}))
-    if case.inputs != INPUTS[0].name:
-        yield replace(case, inputs=INPUTS[0].name)
+    if case.inputs != INPUTS[0].name or axes.sm_scale is not None:
+        # Together: a strategy may need its scale.
+        yield replace(case, inputs=INPUTS[0].name, axes=replace(axes, sm_scale=None))
     if case.seed:
         yield replace(case, seed=0)
     # A row without keys has two causes, causal masking and an empty cache; the second is the plainer one.
@@ -283,11 +294,35 @@ def locate(case: Case[PagedPrefill], output: str, index: tuple[int, ...]) -> str
     raise IndexError(f"{output} has no row {index[0]}")
 
 
+def explain(
+    case: Case[PagedPrefill], inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+) -> str | None:
+    """Which slots of which request were lost or doubled, where that can be told; see :mod:`._attribution`."""
+    from . import _attribution
+
+    return _attribution.explain(case, inputs, outputs)
+
+
 INPUTS = (
-    InputStrategy(name="generic"),
-    InputStrategy(name="count", exact_p=True),
-    InputStrategy(name="poison", patterns=(Pattern.NAN, Pattern.INF, Pattern.MAX)),
+    InputStrategy(name="generic", tier="generic"),
+    InputStrategy(name="count", tier="exact"),
+    InputStrategy(name="dyadic", tier="exact"),
+    InputStrategy(name="poison", tier="generic", patterns=(Pattern.NAN, Pattern.INF, Pattern.MAX)),
+    InputStrategy(name="needle", tier="hard"),
+    InputStrategy(name="integer", tier="exact"),
+    InputStrategy(name="scaled", tier="generic"),
+    InputStrategy(name="outlier", tier="generic"),
+    InputStrategy(name="large_logits", tier="hard"),
+    InputStrategy(name="special", tier="hard"),
 )
+# How often each is drawn; the simplest comes first. What finds most alone must not be missing in a short run.
+WEIGHTS = dict.fromkeys((strategy.name for strategy in INPUTS), 1) | {
+    "generic": 3,
+    "count": 3,
+    "dyadic": 2,
+    "poison": 2,
+    "needle": 2,
+}
 
 paged_prefill = Operator(
     name="paged_prefill",
@@ -299,4 +334,6 @@ paged_prefill = Operator(
     budget=budget,
     locate=locate,
     simpler=simpler,
+    relations=RELATIONS,
+    explain=explain,
 )

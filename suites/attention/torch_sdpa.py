@@ -47,7 +47,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
             last = torch.arange(request.qo_len, device=q.device) + request.kv_len - request.qo_len
             mask = torch.arange(request.kv_len, device=q.device) <= last.unsqueeze(-1)
         with sdpa_kernel(backend):
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=axes.sm_scale)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=axes.scale)
         parts.append(out.squeeze(0).transpose(0, 1))
     return {"out": torch.cat(parts)}
 
@@ -58,7 +58,16 @@ def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
     narrow = fmt is not FP32
     acc = WGMMA_16BIT if device.kind == "cuda" and narrow else IEEE_FP32
     exp_rel = CPU_EXP_16BIT if device.kind == "cpu" and narrow else EX2_APPROX
-    return Numerics(qk=acc, pv=acc, p=fmt, out=fmt, tile=TILE[device.kind], exp_rel=exp_rel, lse_base=None)
+    return Numerics(
+        qk=acc,
+        pv=acc,
+        p=fmt,
+        out=fmt,
+        tile=TILE[device.kind],
+        exp_rel=exp_rel,
+        lse_base=None,
+        batch_invariant=True,  # each request is a call of its own
+    )
 
 
 def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
@@ -76,5 +85,7 @@ sdpa = Kernel(
     launch=launch,
     numerics=numerics,
     unsupported=unsupported,
+    # Four equal heads of 8 keys in fp32 came out with two different sets of bits on two threads, with one on one.
+    inexact={"head_permutation": "on a CPU MKL's sums depend on the alignment of a thread's scratch memory"},
     returns=("out",),
 )

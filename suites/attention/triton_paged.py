@@ -28,7 +28,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
         call.outputs["out"],
         call.outputs["lse"],
         causal=axes.causal,
-        sm_scale=axes.sm_scale,
+        sm_scale=axes.scale,
     )
     return dict(call.outputs)
 
@@ -38,7 +38,16 @@ def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
     fmt = FORMATS[case.axes.dtype]
     interpreted = device.kind == "cpu"
     acc = IEEE_FP32 if interpreted or fmt is FP32 else WGMMA_16BIT
-    return Numerics(qk=acc, pv=acc, p=FP32 if interpreted and fmt is BF16 else fmt, out=fmt, tile=32, lse_base="e")
+    return Numerics(
+        qk=acc,
+        pv=acc,
+        p=FP32 if interpreted and fmt is BF16 else fmt,
+        out=fmt,
+        tile=32,
+        lse_base="e",
+        # A request's tiles are its own, and of one size for all; but in the interpreter they fit the longest request.
+        batch_invariant=not interpreted,
+    )
 
 
 def specialisation(case: Case[PagedPrefill]) -> str:

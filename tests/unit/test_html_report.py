@@ -10,6 +10,7 @@ import pytest
 
 from kerneltest.model import (
     CaseRecord,
+    Conclusion,
     Coverage,
     Device,
     FailureRecord,
@@ -18,7 +19,6 @@ from kerneltest.model import (
     RunRecord,
     Status,
     Unchecked,
-    Verdict,
 )
 from kerneltest.report.html import html
 
@@ -65,7 +65,7 @@ class Reader(HTMLParser):
 
 def case(number: int = 0, **changes) -> CaseRecord:
     fields = {"id": f"{number:08x}", "text": f"attend(seed={number})", "status": Status.PASSED, "seconds": 0.25}
-    return CaseRecord(**{**fields, "used": {"out": 0.31}, **changes})
+    return CaseRecord(**{"inputs": "generic", **fields, "used": {"out": 0.31}, **changes})
 
 
 def failure(**changes) -> FailureRecord:
@@ -85,9 +85,9 @@ def failure(**changes) -> FailureRecord:
     return FailureRecord(**{**fields, **changes})
 
 
-def kernel(name: str = "lib.attend[fa2]", verdict: Verdict = Verdict.GREEN, **changes) -> KernelRecord:
+def kernel(name: str = "lib.attend[fa2]", verdict: Conclusion = Conclusion.GREEN, **changes) -> KernelRecord:
     fields = {"name": name, "suite": "attention", "verdict": verdict, "seconds": 12.5}
-    if verdict is not Verdict.UNCHECKED:
+    if verdict is not Conclusion.UNCHECKED:
         fields |= {"cases": (case(),), "launches": 7}
     return KernelRecord(**{**fields, **changes})
 
@@ -103,8 +103,8 @@ def read(*kernels: KernelRecord, **changes) -> Reader:
 
 
 FAILED = case(status=Status.FAILED, used={}, note="StaleState")
-RED = kernel(verdict=Verdict.RED, failures=(failure(),), cases=(FAILED,))
-ABSENT = kernel("lib.hopper", Verdict.UNCHECKED, unchecked=(Unchecked(what="lib.hopper", why="needs sm 9.0"),))
+RED = kernel(verdict=Conclusion.RED, failures=(failure(),), cases=(FAILED,))
+ABSENT = kernel("lib.hopper", Conclusion.UNCHECKED, unchecked=(Unchecked(what="lib.hopper", why="needs sm 9.0"),))
 
 
 def test_single_file_without_references_to_the_outside():
@@ -126,7 +126,7 @@ def test_everything_from_outside_is_escaped():
     name, text = "<script>alert(1)</script>", 'a "quoted" <b>&'
     hostile = kernel(
         name,
-        Verdict.RED,
+        Conclusion.RED,
         suite=text,
         failures=(failure(kernel=name, kind=text, culprit=text, what=text, text=text, case_text=text, fixture=text),),
         cases=(case(id=text, text=text, note=text, used={text: 0.5}),),
@@ -219,7 +219,7 @@ def test_failure():
 
 def test_failure_without_a_case():
     nothing = failure(kind="NothingChecked", culprit=None, case=None, case_text="", fixture=None, replay="")
-    section = read(kernel(verdict=Verdict.RED, failures=(nothing,), cases=())).section("failures")
+    section = read(kernel(verdict=Conclusion.RED, failures=(nothing,), cases=())).section("failures")
     assert "Culprit none named" in section
     assert "no single case shows it" in section
     assert "no fixture to replay" in section
@@ -306,7 +306,7 @@ def test_cases():
         case(1, used={"out": 0.31, "lse": 0.001}),
         case(2, status=Status.FAILED, used={}, note="StaleState"),
     )
-    section = read(kernel(), RED, kernel("lib.third", Verdict.RED, cases=ran)).section("cases")
+    section = read(kernel(), RED, kernel("lib.third", Conclusion.RED, cases=ran)).section("cases")
     assert "lib.third 2 cases, 1 failed" in section
     assert "Id Case Status Seconds out lse Note" in section
     assert "00000001 attend(seed=1) ✓ passed 0.250 0.31 <0.01" in section
@@ -324,3 +324,22 @@ def test_ten_thousand_cases_stay_plain_rows():
     assert len(rows) > 10_000
     assert not any(name.startswith("on") for _, attrs in reader.tags for name in attrs)
     assert "10,000 cases" in reader.section("cases")
+
+
+def test_slack_is_shown_beside_the_share_that_it_makes_smaller() -> None:
+    assert "slack × 1.5" in read(kernel(slack=1.5)).section("kernels")
+    assert "slack ×" not in read(kernel()).section("kernels")
+
+
+def test_energy_has_a_row_for_each_output_and_a_column_for_each_strategy() -> None:
+    cases = (
+        case(1, energy={"out": 0.5}),
+        case(2, energy={"out": 0.7}),
+        case(3, inputs="scaled", energy={"out": 0.25}),
+        case(4, inputs="count"),
+    )
+    section = read(kernel(cases=cases), kernel("lib.second", cases=(case(5, energy={"out": 0.9}),))).section("kernels")
+    assert "Kernel Output generic scaled" in section
+    assert "lib.attend[fa2] out 0.60 0.25" in section
+    assert "lib.second out 0.90 none" in section
+    assert "Energy" not in read(kernel()).section("kernels")

@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "worker": {"worker", "oracle", "model", "discovery"},
     "engine": {"engine", "model"},
     "report": {"report", "model", "kerneltest"},
+    "power": {"power", "oracle", "engine", "model", "discovery", "kerneltest"},
+    "cli": {"power", "kerneltest"},
     "strategies": set(),
     "discovery": {"model"},
     "session": {"engine", "model", "discovery"},
@@ -51,9 +53,10 @@ WITHOUT_TORCH = {
     "plugin",
     "discovery",
     "strategies",
+    "cli",
 }
 # Suite files that declare nothing and that only functions import.
-WORKERS_SUITE_FILES = ("_reference", "_triton_prefill")
+WORKERS_SUITE_FILES = ("_attribution", "_inputs", "_reference", "_transformations", "_triton_prefill")
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,11 @@ TYPING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}\n"
         ("kerneltest.plugin", IN_FUNCTION.format("from kerneltest.session import Session")),
         ("kerneltest.plugin", IN_FUNCTION.format("import torch")),
         ("kerneltest", "from kerneltest.model import Case"),
+        ("kerneltest.power.trials", "from kerneltest.worker.checks import judge"),
+        ("kerneltest.power.zoo", "from kerneltest.session import Session"),
+        ("kerneltest.oracle.verdict", "from kerneltest.power.trials import flawed"),
+        ("kerneltest.cli", "import torch"),
+        ("kerneltest.cli", "from kerneltest.oracle.verdict import judge"),
         ("kerneltest_suites.attention.mine", "import torch"),
         ("kerneltest_suites.attention.mine", "if True:\n    from triton import language"),
         ("kerneltest_suites.attention.mine", "class K:\n    import flashinfer"),
@@ -278,6 +286,7 @@ def test_the_checker_lets_pass(module: str, source: str) -> None:
         ("kerneltest.model", {"torch", "hypothesis", "numpy"}),
         ("kerneltest.discovery", {"torch", "hypothesis", "numpy"}),
         ("kerneltest.strategies", {"torch", "kerneltest.model"}),
+        ("kerneltest.cli", {"torch", "hypothesis", "numpy", "kerneltest.model", "kerneltest.power"}),
         ("kerneltest.collection", {"torch", "triton", "kerneltest.worker", "kerneltest.oracle"}),
         ("kerneltest.report.html", {"torch", "kerneltest.worker", "kerneltest.engine"}),
     ],

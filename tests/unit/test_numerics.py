@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
-from kerneltest.model import BF16, FP16, FP32, IEEE_FP32, WGMMA_16BIT, AccModel, Fmt
+from kerneltest.model import BF16, FP16, FP32, IEEE_FP32, SUM_FP32, WGMMA_8BIT, WGMMA_16BIT, AccModel, Fmt, Numerics
 
 FORMATS = pytest.mark.parametrize("fmt", [BF16, FP16, FP32], ids=lambda fmt: fmt.name)
 
@@ -45,16 +48,22 @@ def test_known_values() -> None:
 @pytest.mark.parametrize(
     ("model", "k", "expected"),
     [
-        (WGMMA_16BIT, 0, 16 * 2.0**-23),
-        (WGMMA_16BIT, 1, 17 * 2.0**-23),
-        (WGMMA_16BIT, 16, 17 * 2.0**-23),
-        (WGMMA_16BIT, 17, 18 * 2.0**-23),
-        (WGMMA_16BIT, 128, 24 * 2.0**-23),
-        (IEEE_FP32, 1, 17 * 2.0**-24),
-        (IEEE_FP32, 128, 144 * 2.0**-24),
-        # fp8 tensor cores keep about 14 bits: 4096 products are good to two decimals
-        (AccModel(14, "rz", 32), 4096, 144 * 2.0**-13),
-        (AccModel(14, "rne", 32), 4096, 144 * 2.0**-14),
+        (WGMMA_16BIT, 0, 2 * 2.0**-23),
+        (WGMMA_16BIT, 1, 7.25 * 2.0**-23),
+        (WGMMA_16BIT, 16, 7.25 * 2.0**-23),
+        (WGMMA_16BIT, 17, 12.5 * 2.0**-23),
+        (WGMMA_16BIT, 128, 44 * 2.0**-23),
+        (IEEE_FP32, 1, 3 * 2.0**-24),
+        (IEEE_FP32, 128, 130 * 2.0**-24),
+        # 17 addends lose a quarter of a rounding each, and their sum one: 5.25 for each of 8 steps
+        # fp8 tensor cores keep 14 bits: at worst, nothing is left of 4096 products
+        (WGMMA_8BIT, 4096, (128 * 34 + 2) * 2.0**-13),
+        (AccModel(14, "rne", 32), 4096, 130 * 2.0**-14),
+        # ... unless they are promoted to fp32 every 128: 4 steps short, 32 additions and the extra two long
+        (AccModel(14, "rz", 32, promote=128), 4096, 4 * 2.0**-13 + 34 * 2.0**-24),
+        (AccModel(14, "rz", 32, promote=128), 128, 6 * 2.0**-13),
+        # seven numbers are summed by six additions; one more is the bound of a fold that begins at 0
+        (SUM_FP32, 7, 7 * 2.0**-24),
     ],
 )
 def test_gamma_by_hand(model: AccModel, k: int, expected: float) -> None:
@@ -63,3 +72,42 @@ def test_gamma_by_hand(model: AccModel, k: int, expected: float) -> None:
 
 def test_truncation_errs_twice_as_much_as_rounding() -> None:
     assert AccModel(24, "rz", 1).u == 2 * AccModel(24, "rne", 1).u == torch.finfo(torch.float32).eps
+
+
+PLAIN = {"qk": IEEE_FP32, "pv": IEEE_FP32, "p": BF16, "out": BF16}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"p": BF16, "out": FP16}, "p is bfloat16, narrower than the output's float16"),
+        ({"p": FP32, "out": FP32, "partial": FP16}, "partial is float16, narrower than the output's float32"),
+        ({"lse_base": "10"}, "lse_base must be 'e', '2' or None, got '10'"),
+        ({"l_from": "p"}, "l_from must be 'fp32' or 'rounded_p', got 'p'"),
+        ({"tile": 0}, "tile must be at least 1, got 0"),
+        ({"exp_rel": 1.0}, "must lie in"),
+        ({"tanh_rel": -0.5}, "must lie in"),
+        ({"slack": 0.5}, "slack must be at least 1 and finite, got 0.5"),
+        ({"slack": float("inf")}, "slack must be at least 1 and finite"),
+    ],
+)
+def test_impossible_numerics_are_refused(wrong: dict[str, Any], message: str) -> None:
+    Numerics(**PLAIN)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Numerics(**PLAIN | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ((24, "up", 16), "rounding must be 'rz' or 'rne', got 'up'"),
+        ((1, "rz", 16), "bits must be 2 to 53, got 1"),
+        ((24, "rz", 0), "k_step must be at least 1"),
+        ((14, "rz", 32, 16), "promote must be at least k_step, got 16 and 32"),
+        ((24, "rz", 16, None, -1), "extra at least 0"),
+        ((24, "rz", 16, None, 2, -1), "align must be at least 0, got -1"),
+    ],
+)
+def test_impossible_accumulators_are_refused(wrong: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AccModel(*wrong)

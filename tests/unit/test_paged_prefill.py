@@ -147,35 +147,21 @@ def test_shuffled_pages_are_permuted() -> None:
     assert all(sorted(part) != list(range(min(part), max(part) + 1)) for part in shuffled)
 
 
-@draws(100)
-@given(small.filter(lambda case: case.inputs == "count"))
-def test_counting_inputs(case: Case[Any]) -> None:
-    materials = paged.materialize(case)
-    assert (materials.inputs["q"] == 0).all()
-    v = materials.inputs["v_pages"].double()
-    assert set(v.unique().tolist()) <= {0.0, 1.0}
-    assert (v.sum(-1) == 1).all()
-    hot = v.argmax(-1)
-    # Consecutive keys of a request, and the KV heads of one key, are told apart by where the one is.
-    for (page, slot), (_, key) in live_slots(case, materials).items():
-        expected = [(key + head) % case.axes.head_dim for head in range(case.axes.kv_heads)]
-        assert hot[page, slot].tolist() == expected
-    # The right answer counts slots: a row that sees n keys holds multiples of 1/n.
-    terms = paged.reference(case, materials.inputs, "cpu")
-    counts = terms.out * terms.keys.unsqueeze(-1)
-    assert (counts - counts.round()).abs().max() < 1e-9 if counts.numel() else True
-    assert torch.equal(counts.round().sum(-1), terms.keys)
-    assert paged.paged_prefill.strategy("count").exact_p
-
-
-def test_only_counting_is_exact() -> None:
-    assert {strategy.name: strategy.exact_p for strategy in paged.INPUTS} == {
-        "generic": False,
-        "count": True,
-        "poison": False,
+def test_what_the_budget_of_each_strategy_rests_on() -> None:
+    assert {strategy.name: strategy.tier for strategy in paged.INPUTS} == {
+        "generic": "generic",
+        "count": "exact",
+        "dyadic": "exact",
+        "poison": "generic",
+        "needle": "hard",
+        "integer": "exact",
+        "scaled": "generic",
+        "outlier": "generic",
+        "large_logits": "hard",
+        "special": "hard",
     }
     assert all(len(set(strategy.patterns)) >= 2 for strategy in paged.INPUTS)
-    with pytest.raises(ValueError, match="no input strategy 'normal'; valid: generic, count, poison"):
+    with pytest.raises(ValueError, match="no input strategy 'normal'; valid: generic, count, dyadic, poison, needle"):
         paged.paged_prefill.strategy("normal")
 
 
@@ -215,7 +201,7 @@ def test_draws_respect_the_limits(drawn: list[Case[Any]]) -> None:
         assert axes.total_qo >= 1
         assert 0 <= axes.spare_pages <= 3
         assert 0 <= one.seed < 2**32
-        assert one.inputs in {"generic", "count", "poison"}
+        assert one.inputs in paged.WEIGHTS
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 64])
@@ -275,9 +261,15 @@ def test_draws_reach(name: str, drawn: list[Case[Any]]) -> None:
     assert any(REACHED[name](case.axes) for case in drawn)
 
 
-@pytest.mark.parametrize("inputs", ["generic", "count", "poison"])
+@pytest.mark.parametrize("inputs", paged.WEIGHTS)
 def test_draws_reach_every_kind_of_input(inputs: str, drawn: list[Case[Any]]) -> None:
-    assert sum(case.inputs == inputs for case in drawn) > len(drawn) / 6
+    share = paged.WEIGHTS[inputs] / sum(paged.WEIGHTS.values())
+    assert sum(case.inputs == inputs for case in drawn) > len(drawn) * share / 3
+
+
+def test_draws_often_reach_rows_without_keys(drawn: list[Case[Any]]) -> None:
+    for name in ("no keys", "causal rows without keys"):
+        assert sum(REACHED[name](case.axes) for case in drawn) > len(drawn) / 20, name
 
 
 def test_the_simplest_case() -> None:

@@ -16,10 +16,11 @@ from attention_cases import case, draws, paged, reference
 from hypothesis import given
 
 from kerneltest.model import Case, Size
-from kerneltest.oracle.attention import AttentionTerms
+from kerneltest.oracle.attention_terms import TENSORS, Attended, AttentionTerms, attention_terms
 
 small = paged.cases(Size(batch=3, qo_len=5, kv_len=20, heads=4))
-ROWS = ("lse", "dot_row", "score_row", "keys")
+ROWS = ("lse", "dot_row", "dot_max", "norm_max", "score_max", "keys", "square_row", "fourth_row")
+CHANNELS = ("out", "abs_out", "dot_out", "peak_out", "square_out")
 
 
 def terms_of(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> AttentionTerms:
@@ -35,7 +36,7 @@ def brute_force(inputs: Mapping[str, torch.Tensor], *, causal: bool, scale: floa
     rows, heads, dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     result = {name: np.zeros((rows, heads)) for name in ROWS}
-    result |= {name: np.zeros((rows, heads, dim)) for name in ("out", "abs_out", "dot_out", "score_out", "peak_out")}
+    result |= {name: np.zeros((rows, heads, dim)) for name in CHANNELS}
     result["lse"] -= np.inf
     for r in range(len(last)):
         mine = pages[kv[r] : kv[r + 1]]
@@ -61,9 +62,17 @@ def brute_force(inputs: Mapping[str, torch.Tensor], *, causal: bool, scale: floa
                 result["abs_out"][at] = p @ v_abs
                 result["dot_row"][at] = p @ A
                 result["dot_out"][at] = (p * A) @ v_abs
-                result["score_row"][at] = p @ (np.abs(s) + abs(m))
-                result["score_out"][at] = (p * (np.abs(s) + abs(m))) @ v_abs
-                result["peak_out"][at] = v_abs.sum(0) / total
+                result["square_out"][at] = p**2 @ v**2
+                result["square_row"][at] = (p**2).sum()
+                result["fourth_row"][at] = (p**4).sum()
+                # These two are over all keys of the request, seen or not.
+                every_k, every_v = (
+                    np.array([x[page, slot, kv_head] for page, slot in slots]) for x in (k_pages, v_pages)
+                )
+                result["dot_max"][at] = (np.abs(every_k) @ np.abs(q[row, head])).max() * scale
+                result["score_max"][at] = np.abs(every_k @ q[row, head]).max() * scale
+                result["norm_max"][at] = ((every_k**4).sum(1).max() * (q[row, head] ** 4).sum()) ** 0.25 * scale
+                result["peak_out"][at] = np.abs(every_v).sum(0) / total
     return result
 
 
@@ -73,7 +82,11 @@ def assert_equal_to(terms: AttentionTerms, expected: Mapping[str, np.ndarray], t
         assert ours.dtype == np.float64
         assert ours.shape == value.shape
         # Terms are sums of what is not negative; out and lse cancel, and are measured by what cancels in them.
-        size = {"out": expected["abs_out"], "lse": np.maximum(1, expected["dot_row"])}.get(name, value)
+        size = {
+            "out": expected["abs_out"],
+            "score_max": expected["dot_max"],
+            "lse": np.maximum(1, expected["dot_row"]),
+        }.get(name, value)
         finite = np.isfinite(value)
         assert np.array_equal(ours[~finite], value[~finite]), name
         assert (np.abs(ours[finite] - value[finite]) <= tolerance * size[finite]).all(), name
@@ -83,7 +96,7 @@ def assert_equal_to(terms: AttentionTerms, expected: Mapping[str, np.ndarray], t
 @given(small)
 def test_every_term_agrees_with_numpy(case: Case[Any]) -> None:
     inputs = paged.materialize(case).inputs
-    expected = brute_force(inputs, causal=case.axes.causal, scale=case.axes.head_dim**-0.5)
+    expected = brute_force(inputs, causal=case.axes.causal, scale=case.axes.scale)
     assert_equal_to(terms_of(case, inputs), expected, 1e-12)
 
 
@@ -97,7 +110,7 @@ def test_dead_slots_cannot_matter(case: Case[Any]) -> None:
         for dead in materials.dead:
             inputs[dead.tensor][dead.mask] = poison
         terms = terms_of(case, inputs)
-        for name in AttentionTerms.__dataclass_fields__:
+        for name in TENSORS:
             assert torch.equal(getattr(terms, name), getattr(expected, name)), name
 
 
@@ -109,7 +122,7 @@ def test_rows_without_keys() -> None:
     assert terms.keys[:, 0].tolist() == [0, 0, 0, 1, 2, 0, 0, 1]
     assert torch.equal(terms.lse[blind], torch.full((5, 2), -math.inf, dtype=torch.float64))
     assert terms.lse[seeing].isfinite().all()
-    for name in AttentionTerms.__dataclass_fields__:
+    for name in TENSORS:
         value = getattr(terms, name)
         assert not value.isnan().any(), name
         if name != "lse":
@@ -122,24 +135,51 @@ def test_small_chunks_give_the_same_terms(monkeypatch: pytest.MonkeyPatch, causa
     whole = case((37, 41), (0, 9), (23, 5), causal=causal, kv_heads=2, group=2, shuffled=True, spare_pages=2)
     inputs = paged.materialize(whole).inputs
     expected = terms_of(whole, inputs)
+    filters = torch.randn_like(expected.out)
     counts: list[int] = []
-    attend = reference._attend
 
-    def counted(terms: AttentionTerms, rows: slice, *rest: Any) -> None:
-        counts.append(rows.stop - rows.start)
-        attend(terms, rows, *rest)
+    def counted(x: Attended) -> AttentionTerms:
+        counts.append(x.q.shape[0] * x.q.shape[2])
+        return attention_terms(x)
 
-    monkeypatch.setattr(reference, "_attend", counted)
+    monkeypatch.setattr(reference, "attention_terms", counted)
     bytes_of_a_row = reference.LIVE_ARRAYS * 8 * 4 * 41
-    for chunk_bytes, chunks in ((1, [1] * 60), (7 * bytes_of_a_row, [7] * 5 + [2, 23])):
+    for chunk_bytes, chunks in ((1, [1] * 60), (7 * bytes_of_a_row, [23] + [7] * 5 + [2])):
         counts.clear()
-        monkeypatch.setattr(reference, "CHUNK_BYTES", chunk_bytes)
-        assert_equal_to(
-            terms_of(whole, inputs),
-            {name: getattr(expected, name).numpy() for name in AttentionTerms.__dataclass_fields__},
-            1e-14,
-        )
-        assert counts == chunks
+        monkeypatch.setitem(reference.CHUNK_BYTES, "cpu", chunk_bytes)
+        terms = terms_of(whole, inputs)
+        assert_equal_to(terms, {name: getattr(expected, name).numpy() for name in TENSORS}, 1e-14)
+        assert sorted(counts) == sorted(chunks)
+        for centred in (False, True):
+            assert torch.allclose(terms.spread(filters, centred), expected.spread(filters, centred), rtol=1e-12)
+
+
+@draws(60)
+@given(small)
+def test_spread_agrees_with_numpy(case: Case[Any]) -> None:
+    # From the terms' own weights, recovered one key at a time: the output of a one-hot V is the weight itself.
+    materials = paged.materialize(case)
+    inputs = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in materials.inputs.items()
+    }
+    terms = terms_of(case, inputs)
+    filters = torch.randn(terms.out.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64)
+    longest = max(request.kv_len for request in case.axes.requests)
+    for centred in (False, True):
+        expected = torch.zeros_like(terms.lse)
+        for slot in range(longest):
+            only, there = dict(inputs), torch.zeros_like(inputs["v_pages"])
+            page, offset = divmod(slot, case.axes.page_size)
+            first = inputs["kv_indptr"][:-1].long()
+            mine = [r for r, request in enumerate(case.axes.requests) if slot < request.kv_len]
+            pages = inputs["kv_indices"].long()[first[mine] + page]
+            there[pages, offset] = 1.0
+            only["v_pages"] = there
+            weight = terms_of(case, only).out[..., 0]
+            only["v_pages"] = there * inputs["v_pages"]
+            moved = terms_of(case, only).out - (weight.unsqueeze(-1) * terms.out if centred else 0)
+            expected += (moved * filters).sum(-1).square()
+        assert torch.allclose(terms.spread(filters, centred), expected.sqrt(), rtol=1e-10, atol=1e-12)
 
 
 def test_fifty_digits() -> None:
@@ -155,7 +195,7 @@ def test_fifty_digits() -> None:
             q = [mpmath.mpf(x) for x in inputs["q"][row, 0].tolist()]
             keys = [inputs["k_pages"][page, slot, 0].tolist() for page, slot in slots]
             # The scale is the double that the operator hands to kernels and reference.
-            s = [mpmath.fdot(q, key) * mpmath.mpf(long.axes.sm_scale) for key in keys]
+            s = [mpmath.fdot(q, key) * mpmath.mpf(long.axes.scale) for key in keys]
             weights = [mpmath.exp(x) for x in s]
             total = mpmath.fsum(weights)
             lse = mpmath.log(total)

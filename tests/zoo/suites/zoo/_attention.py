@@ -71,5 +71,5 @@ def write(call: Call, part: Part, result: tuple[torch.Tensor, torch.Tensor]) -> 
 def healthy(call: Call) -> Mapping[str, torch.Tensor]:
     """The launch without any defect."""
     for part in parts(call):
-        write(call, part, attend(part, call.case.axes.sm_scale))
+        write(call, part, attend(part, call.case.axes.scale))
     return call.outputs

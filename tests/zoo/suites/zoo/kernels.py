@@ -29,7 +29,8 @@ LAUNCHES = itertools.count()
 
 def kernel(name: str, launch: Any, **more: Any) -> Kernel:
     settings = {"numerics": a.numerics, "devices": ("cpu",), **more}
-    return Kernel(name=f"zoo.{name}", operator=paged_prefill, launch=launch, **settings)
+    # An operator of its own: beside each other, they would crash each other's hunts.
+    return Kernel(name=f"zoo.{name}", operator=replace(paged_prefill), launch=launch, **settings)
 
 
 def triton(function: str, *, bug: bool) -> Any:
@@ -38,7 +39,7 @@ def triton(function: str, *, bug: bool) -> Any:
 
         axes = call.case.axes
         getattr(_triton_prefill_bugs, function)(
-            **call.inputs, **call.outputs, causal=axes.causal, sm_scale=axes.sm_scale, bug=bug
+            **call.inputs, **call.outputs, causal=axes.causal, sm_scale=axes.scale, bug=bug
         )
         return call.outputs
 
@@ -48,7 +49,7 @@ def triton(function: str, *, bug: bool) -> Any:
 def unwritten(call: Call) -> Outputs:
     """Z12: rows that see no key are left as they were."""
     for part in a.parts(call):
-        out, lse = a.attend(part, call.case.axes.sm_scale)
+        out, lse = a.attend(part, call.case.axes.scale)
         some = part.seen.any(-1)
         target = call.outputs["out"][part.rows]
         target[some] = out[some].to(target.dtype)
@@ -66,9 +67,9 @@ def aborts(call: Call) -> Outputs:
 def mutates(call: Call) -> Outputs:
     """Z14: the scale is multiplied into q in place."""
     for part in a.parts(call):
-        scaled = replace(part, q=part.q * call.case.axes.sm_scale)
+        scaled = replace(part, q=part.q * call.case.axes.scale)
         a.write(call, part, a.attend(scaled, 1.0))
-    call.inputs["q"].mul_(call.case.axes.sm_scale)
+    call.inputs["q"].mul_(call.case.axes.scale)
     return call.outputs
 
 
@@ -77,7 +78,7 @@ def accumulates(call: Call) -> Outputs:
     import torch
 
     for part in a.parts(call):
-        out, lse = a.attend(part, call.case.axes.sm_scale)
+        out, lse = a.attend(part, call.case.axes.scale)
         accumulator = call.workspace(4 * out.numel()).view(torch.float32)[: out.numel()].view(out.shape)
         if part.k.shape[1] > call.case.axes.page_size:
             accumulator.add_(out)
@@ -115,7 +116,7 @@ def off_by_one(call: Call) -> Outputs:
             for row in range(15, part.q.shape[1], 16):
                 if 0 <= row + diagonal + 1 < part.k.shape[1]:
                     seen[row, row + diagonal + 1] = True
-        a.write(call, part, a.attend(replace(part, seen=seen), call.case.axes.sm_scale))
+        a.write(call, part, a.attend(replace(part, seen=seen), call.case.axes.scale))
     return call.outputs
 
 

@@ -1,0 +1,95 @@
+"""The metamorphic relations of paged attention: which there are, and which cases they say something of.
+
+One that is often named is missing: garbage in unused slots and pages must not matter. Every case checks that already,
+because all of its launches differ in that garbage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from kerneltest.model import Case, Materials, Related, Relation
+
+if TYPE_CHECKING:
+    from .paged_prefill import PagedPrefill, Request
+
+
+def _transform(name: str, case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...]:
+    from ._transformations import TRANSFORMATIONS
+
+    return TRANSFORMATIONS[name](case, materials)
+
+
+def _relation(
+    name: str,
+    change: str,
+    promise: Literal["deterministic", "batch_invariant"] | None,
+    applies: Callable[[PagedPrefill], bool],
+    *needs: str,
+) -> Relation:
+    def applies_to(case: Case[PagedPrefill]) -> bool:
+        return _sees_something(case.axes) and applies(case.axes)
+
+    transform = partial(_transform, name)
+    return Relation(
+        name=name, change=change, promise=promise, applies=applies_to, transform=transform, needs=tuple(needs)
+    )
+
+
+def _sees_something(axes: PagedPrefill) -> bool:
+    return any(request.qo_len and request.kv_len for request in axes.requests)
+
+
+def _always(_axes: PagedPrefill) -> bool:
+    return True
+
+
+def _several_pages(axes: PagedPrefill) -> bool:
+    return sum(axes.pages(request) for request in axes.requests) + axes.spare_pages > 1
+
+
+def _several_kv_heads(axes: PagedPrefill) -> bool:
+    return axes.kv_heads > 1
+
+
+def _several_requests(axes: PagedPrefill) -> bool:
+    return len(axes.requests) > 1
+
+
+def _every_key_seen_by_all(axes: PagedPrefill) -> bool:
+    return not axes.causal
+
+
+def _several_keys(axes: PagedPrefill) -> bool:
+    return not axes.causal and any(request.qo_len and request.kv_len > 1 for request in axes.requests)
+
+
+def _has_a_prefill(axes: PagedPrefill) -> bool:
+    return any(request.qo_len > 1 and request.kv_len for request in axes.requests)
+
+
+def _can_be_split(axes: PagedPrefill) -> bool:
+    return any(request.qo_len and common_pages(axes, request) for request in axes.requests)
+
+
+def common_pages(axes: PagedPrefill, request: Request) -> int:
+    """Whole pages that every query of the request sees, leaving it at least one key to see after them."""
+    return max(0, request.kv_len - (request.qo_len if axes.causal else 1)) // axes.page_size
+
+
+RELATIONS = (
+    _relation("page_permutation", "the physical pages in another order", "deterministic", _several_pages),
+    _relation("value_sign", "-V", "deterministic", _always),
+    _relation("value_scale", "4 V", "deterministic", _always),
+    _relation("score_scale", "4 Q and a quarter of the scale", "deterministic", _always),
+    _relation("head_permutation", "the KV heads and their groups in another order", "deterministic", _several_kv_heads),
+    _relation("batch_order", "the requests in another order", "batch_invariant", _several_requests),
+    _relation("batch_size", "each request in a batch of its own", "batch_invariant", _several_requests),
+    _relation("repeat", "the very same inputs once more", "deterministic", _always),
+    _relation("split", "the keys in two parts, merged by their log-sum-exps", None, _can_be_split, "lse"),
+    _relation("decode", "some of the queries alone, as decode requests", None, _has_a_prefill),
+    _relation("key_permutation", "the keys of each request in another order", None, _several_keys),
+    _relation("duplicate_keys", "every key twice", None, _every_key_seen_by_all),
+)

@@ -1,0 +1,115 @@
+"""A paged-attention kernel in torch's float32, right unless told otherwise: tiles, an online softmax, P rounded.
+
+How often a row counts a key is a number that a test can change: 0 for one that is lost, 2 for one that is doubled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from attention_cases import paged
+
+from kerneltest.model import FORMATS, IEEE_FP32, Case, Numerics
+from kerneltest.oracle.verdict import Verdict, judge
+
+Outputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flaw:
+    """``times(request, times)`` changes how often each row counts each key, [qo_len, kv_len], in place.
+
+    ``v`` changes the values [q_heads, kv_len, d], ``out`` the output before it is rounded; ``scale`` replaces that of
+    the case; ``no_max``: the maximum is not subtracted.
+    """
+
+    times: Callable[[int, torch.Tensor], object] = lambda request, times: None
+    v: Callable[[torch.Tensor], torch.Tensor] = lambda v: v
+    out: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
+    scale: float | None = None
+    no_max: bool = False
+
+
+RIGHT = Flaw()
+
+
+def kernel(
+    case: Case[Any], inputs: Mapping[str, torch.Tensor], flaw: Flaw = RIGHT, *, tile: int = 16, l_from: str = "fp32"
+) -> Outputs:
+    """``out`` and ``lse`` (base e) of the whole batch."""
+    axes, outs, lses = case.axes, [], []
+    rows, pages = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
+    for number, request in enumerate(axes.requests):
+        table = inputs["kv_indices"][pages[number] : pages[number + 1]].long()
+        # [q_heads, tokens, d]
+        q = inputs["q"][rows[number] : rows[number + 1]].float().transpose(0, 1)
+        k, v = (
+            inputs[name][table].flatten(0, 1)[: request.kv_len].repeat_interleave(axes.group, 1).float().transpose(0, 1)
+            for name in ("k_pages", "v_pages")
+        )
+        times = torch.ones(request.qo_len, request.kv_len)
+        if axes.causal:
+            times = times.tril(request.kv_len - request.qo_len)
+        flaw.times(number, times)
+        out, lse = _attend(axes, q, k, flaw.v(v), times, flaw, tile, l_from)
+        outs.append(out.transpose(0, 1))
+        lses.append(lse.transpose(0, 1))
+    return {"out": flaw.out(torch.cat(outs)).to(getattr(torch, axes.dtype)), "lse": torch.cat(lses)}
+
+
+def _attend(
+    axes: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    times: torch.Tensor,
+    flaw: Flaw,
+    tile: int,
+    l_from: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, count, dim = q.shape
+    scale = torch.tensor(axes.scale if flaw.scale is None else flaw.scale)
+    m = torch.full((heads, count), -torch.inf)
+    denominator, acc = torch.zeros(heads, count), torch.zeros(heads, count, dim)
+    for start in range(0, k.shape[1], tile):
+        j = slice(start, start + tile)
+        s = (q @ k[:, j].mT * scale).masked_fill(times[:, j] == 0, -torch.inf)
+        new = torch.maximum(m, s.amax(-1))
+        safe = torch.where(new.isinf() | flaw.no_max, 0.0, new)
+        p = torch.exp(s - safe.unsqueeze(-1))
+        correction = torch.ones_like(m) if flaw.no_max else torch.exp(m - safe)
+        rounded = p.to(getattr(torch, axes.dtype)).float() * times[:, j]
+        denominator = denominator * correction + (rounded if l_from == "rounded_p" else p * times[:, j]).sum(-1)
+        acc = acc * correction.unsqueeze(-1) + rounded @ v[:, j]
+        m = new
+    alive = denominator > 0
+    out = acc / torch.where(alive, denominator, 1.0).unsqueeze(-1)
+    peak = torch.zeros_like(m) if flaw.no_max else m
+    return out, torch.where(alive, peak + denominator.log(), -torch.inf)
+
+
+def judged(
+    case: Case[Any],
+    flaw: Flaw = RIGHT,
+    *,
+    table: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    tile: int = 16,
+    l_from: str = "fp32",
+) -> tuple[Outputs, dict[str, Verdict]]:
+    """What the kernel answers, and what the oracle says of it. ``table`` changes the kernel's own page table."""
+    inputs = paged.materialize(case).inputs
+    fmt = FORMATS[case.axes.dtype]
+    numerics = Numerics(qk=IEEE_FP32, pv=IEEE_FP32, p=fmt, out=fmt, tile=tile, l_from=l_from, lse_base="e")
+    terms = paged.reference(case, inputs, "cpu")
+    budgets = paged.budget(case, terms, numerics, paged.paged_prefill.strategy(case.inputs))
+    outputs = kernel(case, {**inputs, "kv_indices": table(inputs["kv_indices"])}, flaw, tile=tile, l_from=l_from)
+    return outputs, {name: judge(outputs[name], budget) for name, budget in budgets.items()}
+
+
+def with_inputs(case: Case[Any], inputs: str) -> Case[Any]:
+    """The case with another strategy, and the scale that it needs."""
+    scale = paged.LN_2 if inputs == "dyadic" else None
+    return replace(case, inputs=inputs, axes=replace(case.axes, sm_scale=scale), relation="")
