@@ -252,8 +252,8 @@ def _compare_kernel(
                 reach = tl.fma(sigma32, LIKELY * SLACK_REL, reach)
                 sure = sure & (size < reach)
             if not SIXTEEN:
-                # Where nothing is below what is reached, no error is no news either.
-                sure = sure | ((error == 0) & (reach < LARGE))
+                # Where nothing is below what is reached, no error is no news either; the first tile always is.
+                sure = sure | ((error == 0) & (reach < tl.where(most >= 0, LARGE, -1.0)))
             sure = sure & (far32 < LARGE)
             if NOISE and SIXTEEN:
                 # By a power of two float32 cannot tell half an ulp from twice that; up to 2^EMIN both are the same.

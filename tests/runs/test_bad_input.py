@@ -215,7 +215,7 @@ MALFORMED = {
     "axis-out-of-range": (changed("case.axes.page_size", 0), "case.axes: page_size must be at least 1, got 0"),
     "unknown-inputs": (
         changed("case.inputs", "nice"),
-        "paged_prefill has no input strategy 'nice'; valid: generic, count, poison",
+        "paged_prefill has no input strategy 'nice'; valid: generic",
     ),
 }
 REPLAY = "fixtures/{}/Mismatch-0123abcd/case.json"

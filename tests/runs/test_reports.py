@@ -42,6 +42,7 @@ FAILURE = (
     rf"  minimal case: {re.escape(MINIMAL_CASE)}",
     r"  on: \S.*, torch \d\S+(, triton \d\S+)?",
     r"  found after \d+\.\d s, shrunk for \d+\.\d s; \d+ cases; the minimal one failed again in 3 of 3 runs",
+    r"  mine\.good agrees with the reference on this case",
     r"  replay: pytest fixtures/mine\.bad/Mismatch-[0-9a-f]{8}/case\.json --kernel-device=cpu",
 )
 
@@ -156,7 +157,21 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
     assert run["schema"] == "kerneltest.summary/1"
     assert (run["profile"], run["seed"], run["device"]["kind"]) == ("quick", 7, "cpu")
     assert run["command"].startswith("pytest --kernel-suite=mine ")
-    kernel_keys = ["name", "suite", "cases", "unsupported", "launches", "used", "verdict", "seconds"]
+    kernel_keys = [
+        *(
+            "name",
+            "suite",
+            "cases",
+            "unsupported",
+            "launches",
+            "inputs",
+            "used",
+            "slack",
+            "energy",
+            "verdict",
+            "seconds",
+        )
+    ]
     assert [list(kernel) for kernel in run["kernels"]] == [kernel_keys] * 3
     failure_keys = [
         *("kernel", "kind", "culprit", "what", "case", "fixture", "replay", "seconds_to_find", "seconds_to_shrink")

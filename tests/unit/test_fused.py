@@ -181,6 +181,8 @@ def samples() -> dict[str, Sample]:
         actual, budget = changed(noisy((40, 128)), spoiled)
         found[f"narrowed to {name}"] = actual, narrowed(budget, dtype, dtype)
     found["all exact"] = blocks([0.0] * 40)
+    right = torch.tensor([[2.0, 0.0, -1.5]] * 300)
+    found["all exact in float32"] = right, ErrorBudget(ref=right.double(), hard=torch.full_like(right, 1e-6), out=FP32)
     found["shares rise"] = blocks([n / 64 for n in range(40)])
     found["shares fall"] = blocks([(40 - n) / 64 for n in range(40)])
     found["many have the largest share"] = blocks([0.25, 0.5, 0.75, 0.75, 0.5, 0.75] * 10)
@@ -340,7 +342,8 @@ PLANTED = {
     ),
     "likely": ("LIKELY * SLACK_REL", "4 * LIKELY", ["news in noise"]),
     "judged": ("energies = tl.where(judged, ", "energies = tl.where(here, ", ["spoiled (37, 64)"]),
-    "no_bound": (" & (reach < LARGE)", "", ["no error within no bound"]),
+    "no_bound": (" & (reach < tl.where(most >= 0, LARGE, -1.0))", "", ["no error within no bound"]),
+    "nothing_seen": ("tl.where(most >= 0, LARGE, -1.0)", "LARGE", ["all exact in float32"]),
     "short_references": ("2.0 ** (T - 21) if SIXTEEN else 0.0", "0.0", ["references beyond float32"]),
     "powers_of_two_in_float32": (
         "(((far_bits + 4) & 0x007FFFF8) != 0)",
