@@ -74,6 +74,8 @@ FRESH_SEEDS = 3
 PORTFOLIO = {"generic": 2}
 # A kernel of the same operator runs beside it in one of so many cases.
 PEER_EVERY = 4
+# Seconds that another kernel gets to compile and give its opinion of a failure.
+PEER_PATIENCE = 120.0
 LEAST_PATIENCE = 2.0
 
 
@@ -193,19 +195,28 @@ def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> T
     operator = target.kernel.operator
     strategy = operator.cases(profile.size(_device(runner)))
     _draw(state, strategy, profile.cases, seed_value)
-    wanted = [("inputs", inputs.name, PORTFOLIO.get(inputs.name, 1)) for inputs in operator.inputs]
-    wanted += [("relation", relation.name, 1) for relation in operator.relations]
-    for field_name, value, count in wanted if state.ran else ():
-        missing = count - sum(getattr(case, field_name) == value for case in state.ran)
+    for inputs in operator.inputs if state.ran else ():
+        missing = PORTFOLIO.get(inputs.name, 1) - sum(case.inputs == inputs.name for case in state.ran)
         if missing > 0 and state.minimal is None:
             # Hypothesis begins with the simplest case, which has run already.
-            _draw(state, _only(strategy, field_name, value), missing + 1, seed_value + 1)
+            _draw(state, _with_inputs(strategy, inputs.name), missing + 1, seed_value + 1)
+    _complete_relations(state)
     _simplify(state)
     return _trail(state)
 
 
-def _only(strategy: SearchStrategy[Case[Any]], field_name: str, value: str) -> SearchStrategy[Case[Any]]:
-    return strategy.filter(lambda case: getattr(case, field_name) == value)
+def _complete_relations(state: _Hunt) -> None:
+    """Name each relation that no case named in the first of the cases that it applies to."""
+    drawn = list(state.ran)
+    for relation in state.target.kernel.operator.relations:
+        if state.minimal is None and not any(case.relation == relation.name for case in drawn):
+            case = next((case for case in drawn if not case.relation and relation.applies(case)), None)
+            if case is not None:
+                state.shows_prey(replace(case, relation=relation.name))
+
+
+def _with_inputs(strategy: SearchStrategy[Case[Any]], inputs: str) -> SearchStrategy[Case[Any]]:
+    return strategy.filter(lambda case: case.inputs == inputs)
 
 
 def _draw(state: _Hunt, strategy: SearchStrategy[Case[Any]], cases: int, seed_value: int) -> None:
@@ -292,7 +303,7 @@ def _catch(state: _Hunt, case: Case[Any], finding: Finding, confirmations: int) 
     fresh = [again(replace(case, seed=seed % 2**32)) for seed in seeds]
     peers = {}
     for peer in state.target.peers if confirmations else ():
-        cold = state.profile.cold_deadline
+        cold = min(state.profile.cold_deadline, PEER_PATIENCE)
         peers[peer.kernel.name] = state.runner.run(peer.kernel, peer.source, case, deadline=state.deadline, cold=cold)
     return Caught(
         finding=finding,

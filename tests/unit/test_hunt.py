@@ -180,6 +180,27 @@ def test_every_input_strategy_is_run() -> None:
         assert trail.unchecked == ()
 
 
+def test_every_relation_that_applies_is_run() -> None:
+    few = replace(QUICK, cases=12)
+    for seed in range(4):
+        trail = hunt(TARGET, (rule := Rule(lambda c: None)), few, seed)
+        assert trail.caught is None
+        missing = {relation.name for relation in paged.RELATIONS} - {case.relation for case in rule.asked}
+        plain = [case for case in rule.asked if not case.relation]
+        assert not any(
+            relation.applies(case) for relation in paged.RELATIONS if relation.name in missing for case in plain
+        )
+        assert len(missing) < 4
+
+
+def test_a_bug_that_only_one_relation_shows_is_found_in_few_cases() -> None:
+    for relation in ("value_sign", "batch_size"):
+        rule = Rule(lambda c, name=relation: "RelationBroken" if c.relation == name else None)
+        caught = hunt(TARGET, rule, replace(QUICK, cases=12), 3).caught
+        assert caught is not None
+        assert caught.case.relation == relation
+
+
 def test_a_bug_that_only_one_strategy_shows_is_found_in_few_cases() -> None:
     few = replace(QUICK, cases=3)
     for name in (strategy.name for strategy in paged.INPUTS):
