@@ -4,7 +4,7 @@ VENV := .venv
 PYTEST ?= $(VENV)/bin/pytest
 PIP := $(VENV)/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: hunt test test-gpu check clean
+.PHONY: hunt test test-gpu power check clean
 
 hunt: $(VENV)/.hunt  ## hunt the attention kernels on whatever device is here, and say where the report is
 	$(PYTEST) --kernel-suite=attention
@@ -15,6 +15,9 @@ test: $(VENV)/.dev  ## the tests of kerneltest itself, and every bug ever found,
 
 test-gpu:  ## the tests that need a GPU; PYTEST="python3 -m pytest -p kerneltest.plugin" runs them without an installation
 	$(PYTEST) tests -m gpu
+
+power: $(VENV)/.hunt  ## what the oracle detects; POWER=--quick in under a minute
+	$(VENV)/bin/kerneltest power $(POWER)
 
 check: $(VENV)/.dev  ## style and types
 	$(VENV)/bin/ruff check .

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
-from importlib.util import find_spec
 
 import torch
+
+from kerneltest.oracle.optional import has_triton as _has_triton
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,11 +166,6 @@ def _row_spread(s: torch.Tensor, along: torch.Tensor, centre: torch.Tensor, seen
 
 def _in_one_pass(s: torch.Tensor) -> bool:
     return s.is_cuda and s.numel() > 0 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _grouped(x: Attended) -> Iterator[torch.Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 
 from kerneltest.model import ErrorBudget, Noise
 from kerneltest.model.numerics import TYPICAL_ROUNDING, WORST_ROUNDING
+from kerneltest.oracle.optional import has_triton as _has_triton
 from kerneltest.oracle.rounding import Z, half_ulp, interval
 
 Index = tuple[int, ...]
@@ -58,11 +57,6 @@ def compare(actual: torch.Tensor, budget: ErrorBudget) -> Comparison:
     if budget.ref.is_cuda and _has_triton():
         return compare_in_one_pass(actual, budget)
     return compare_step_by_step(actual, budget)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def compare_in_one_pass(actual: torch.Tensor, budget: ErrorBudget) -> Comparison:
