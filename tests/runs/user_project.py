@@ -40,7 +40,9 @@ def cases(size):
     return st.integers(0, 2).map(case)
 
 
-operator = replace(paged_prefill, cases=cases, inputs=paged_prefill.inputs[:1], simpler=lambda case: ())
+operator = replace(
+    paged_prefill, cases=cases, inputs=paged_prefill.inputs[:1], relations=(), simpler=lambda case: ()
+)
 
 
 def kernel(name, launch, **more):
