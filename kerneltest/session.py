@@ -136,7 +136,7 @@ class Session:
         kernel = target.kernel
         if reason := _unmet(kernel, self.runner.started):
             return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=reason),)), None
-        trail = replay(target, self.runner, self.options.profile, case)
+        trail = replay(replace(target, peers=self._peers(kernel)), self.runner, self.options.profile, case)
         if trail.caught is not None:
             return self._caught(suite, kernel, trail, path)
         unchecked = tuple(
