@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,3 +44,18 @@ def draws(count: int) -> settings:
     return settings(
         max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
+
+
+def gathered(
+    case: Case[Any], inputs: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each request with its q, k and v in float32 [q_heads, tokens, d], keys cut at kv_len and repeated for a group."""
+    rows, pages = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
+    for number, request in enumerate(case.axes.requests):
+        table = inputs["kv_indices"][pages[number] : pages[number + 1]].long()
+        k, v = (
+            inputs[name][table].flatten(0, 1)[: request.kv_len].repeat_interleave(case.axes.group, 1).float()
+            for name in ("k_pages", "v_pages")
+        )
+        q = inputs["q"][rows[number] : rows[number + 1]].float()
+        yield request, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)

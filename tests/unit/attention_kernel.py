@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from attention_cases import paged
+from attention_cases import gathered, paged
 
 from kerneltest.model import FORMATS, IEEE_FP32, Case, Numerics
 from kerneltest.oracle.verdict import Verdict, judge
@@ -41,15 +41,7 @@ def kernel(
 ) -> Outputs:
     """``out`` and ``lse`` (base e) of the whole batch."""
     axes, outs, lses = case.axes, [], []
-    rows, pages = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
-    for number, request in enumerate(axes.requests):
-        table = inputs["kv_indices"][pages[number] : pages[number + 1]].long()
-        # [q_heads, tokens, d]
-        q = inputs["q"][rows[number] : rows[number + 1]].float().transpose(0, 1)
-        k, v = (
-            inputs[name][table].flatten(0, 1)[: request.kv_len].repeat_interleave(axes.group, 1).float().transpose(0, 1)
-            for name in ("k_pages", "v_pages")
-        )
+    for number, (request, q, k, v) in enumerate(gathered(case, inputs)):
         times = torch.ones(request.qo_len, request.kv_len)
         if axes.causal:
             times = times.tril(request.kv_len - request.qo_len)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import case, draws, paged
+from attention_cases import case, draws, gathered, paged
 from hypothesis import given
 
 from kerneltest.model import BF16, FORMATS, FP32, IEEE_FP32, Case, InputStrategy, Numerics, Size
@@ -23,15 +23,7 @@ def kernel(
     """``out`` and ``lse`` for the whole batch. ``bug`` names what is done wrong."""
     axes = case.axes
     outs, lses = [], []
-    rows, pages = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
-    for number, request in enumerate(axes.requests):
-        table = inputs["kv_indices"][pages[number] : pages[number + 1]].long()
-        # [q_heads, tokens, d]
-        q = inputs["q"][rows[number] : rows[number + 1]].float().transpose(0, 1)
-        k, v = (
-            inputs[name][table].flatten(0, 1)[: request.kv_len].repeat_interleave(axes.group, 1).float().transpose(0, 1)
-            for name in ("k_pages", "v_pages")
-        )
+    for _, q, k, v in gathered(case, inputs):
         out, lse = attend(q, k, v, axes.scale, causal=axes.causal, dtype=axes.dtype, tile=tile, l_from=l_from, bug=bug)
         outs.append(out.transpose(0, 1))
         lses.append(lse.transpose(0, 1))
