@@ -278,6 +278,10 @@ def _trail(state: _Hunt, confirmations: int = CONFIRMATIONS) -> Trail:
         for inputs in state.target.kernel.operator.inputs:
             if not used[inputs.name]:
                 unchecked[f"{kernel}: input strategy {inputs.name}"] = "no case of it ran"
+        compared = {outcome.compared_with for outcome in ran.values()}
+        for other in state.target.peers:
+            if other.kernel.name not in compared:
+                unchecked.setdefault(f"{kernel}: agreement with {other.kernel.name}", "no case was right in both")
     return Trail(
         cases=tuple(_record(case, outcome) for case, outcome in ran.items()),
         unsupported=dict(state.unsupported),

@@ -79,7 +79,8 @@ class Outcome:
     ``used``: the largest share of the error budget that each output used. ``energy``: the mean of error² / expected
     error² of each output that was judged by noise. ``slack``: what the kernel's numerics multiply the budget by.
     ``wide``: outputs whose budget is much wider than plain fp32 arithmetic needs. ``unjudged``: those without one.
-    ``unchecked_relation``: why the relation that the case names says nothing of this kernel.
+    ``unchecked_relation``: why the relation that the case names says nothing of this kernel. ``compared_with``: the
+    peer whose outputs were held against these.
     ``fatal``: the device context is lost, this worker is of no further use.
     """
 
@@ -94,4 +95,5 @@ class Outcome:
     wide: tuple[str, ...] = ()
     unjudged: tuple[str, ...] = ()
     unchecked_relation: str | None = None
+    compared_with: str | None = None
     fatal: bool = False

@@ -30,6 +30,7 @@ def agrees_with_its_peer(execution: Execution) -> Finding | None:
         # An output in another unit, such as a log-sum-exp in base 2, has another reference.
         if budget is None or name not in seen.outputs or not torch.equal(budget.ref, theirs.ref):
             continue
+        execution.compared_with = peer.name
         apart = (ours.outputs[name].double() - seen.outputs[name].double()).abs().to(budget.ref.device)
         share = torch.where(budget.ref.isfinite(), apart / _allowed(budget, theirs), 0.0)
         if bool((share > 1).any()):

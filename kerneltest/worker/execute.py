@@ -54,6 +54,7 @@ def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner,
         wide=() if finding else execution.wide,
         unjudged=tuple(sorted(set(execution.materials.outputs) - set(verdicts))) if finding is None else (),
         unchecked_relation=execution.unchecked_relation,
+        compared_with=execution.compared_with,
     )
 
 

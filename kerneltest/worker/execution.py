@@ -73,6 +73,7 @@ class Execution:
         self.places: tuple[Place, ...] = (Place.OUTPUTS, *dead, *poisoner.hidden_places)
         self.observations: list[Observation] = []
         self.unchecked_relation: str | None = None  # why the case's relation says nothing of this kernel
+        self.compared_with: str | None = None  # the peer, once an output was held against its own
 
     def related(self, variant: Variant) -> Execution:
         """The same kernel on a transformed case."""

@@ -48,7 +48,9 @@ def execution(kernel: Kernel, peer: Kernel | None) -> Execution:
 
 @pytest.mark.parametrize(("here", "there"), [(0.0, 0.0), (0.6, 0.6), (0.6, 0.0), (0.5, -0.5)])
 def test_what_both_are_likely_to_be_agrees(here: float, there: float) -> None:
-    assert agrees_with_its_peer(execution(answers("here", off=here), answers("there", off=there))) is None
+    seen = execution(answers("here", off=here), answers("there", off=there))
+    assert agrees_with_its_peer(seen) is None
+    assert seen.compared_with == "there"
 
 
 def test_two_that_pass_on_opposite_sides_disagree() -> None:
@@ -73,7 +75,9 @@ def test_what_is_wrong_by_itself_is_not_this_kernels_fault() -> None:
         replace(right, launch=lambda call: {}),
         replace(right, unsupported=lambda case, device: "not here"),
     ):
-        assert agrees_with_its_peer(execution(right, peer)) is None
+        seen = execution(right, peer)
+        assert agrees_with_its_peer(seen) is None
+        assert seen.compared_with is None
     assert agrees_with_its_peer(execution(right, None)) is None
 
 

@@ -29,8 +29,10 @@ class Rule:
         by_chance: bool = False,
         used: Callable[[Any], float] = lambda case: 0.0,
         lethal: str = "",
+        mute: str = "",
     ) -> None:
         self.rule, self.by_chance, self.used, self.lethal = rule, by_chance, used, lethal
+        self.mute = mute
         self.asked: list[Any] = []
         self.deadlines: list[float] = []
         self.beside: list[tuple[str, str | None]] = []
@@ -49,7 +51,8 @@ class Rule:
         if kind == "unsupported":
             return Outcome(status=Status.UNSUPPORTED, reason="by rule")
         if kind is None:
-            return Outcome(status=Status.PASSED, launches=2, used={"out": self.used(case)})
+            compared = peer[0].name if peer and peer[0].name not in self.mute else None
+            return Outcome(status=Status.PASSED, launches=2, used={"out": self.used(case)}, compared_with=compared)
         finding = Finding(kind=kind, kernel=kernel.name, key="", what="", by_chance=self.by_chance)
         return Outcome(status=Status.FAILED, finding=finding)
 
@@ -274,3 +277,11 @@ def test_a_peer_that_kills_the_worker_is_not_the_kernels_crash() -> None:
     assert [(item.what, item.why) for item in trail.unchecked] == [
         ("rule: agreement with two", "the worker died of it")
     ]
+
+
+def test_a_peer_that_was_never_compared_is_told() -> None:
+    trail = hunt(beside("one", "two"), Rule(lambda c: None, mute="two"), QUICK, 1)
+    assert [(item.what, item.why) for item in trail.unchecked] == [
+        ("rule: agreement with two", "no case was right in both")
+    ]
+    assert hunt(beside("one", "two"), Rule(lambda c: None), QUICK, 1).unchecked == ()
