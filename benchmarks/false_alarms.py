@@ -116,7 +116,7 @@ def judge_kernel(job: tuple[str, int, int, str, int, float, list[str]]) -> dict[
 
     from kerneltest.worker.device import open_device
     from kerneltest.worker.execution import Execution
-    from kerneltest.worker.poison import Poisoner
+    from kerneltest.worker.rig import Rig
 
     torch.set_num_threads(2)
     root = discovery.builtin_root()
@@ -125,7 +125,7 @@ def judge_kernel(job: tuple[str, int, int, str, int, float, list[str]]) -> dict[
     device = open_device(device_name)
     if reason := kernel.unmet(device, {}):
         return {"kernel": name, "unmet": reason, "cases": 0, "outputs": 0, "false_alarms": []}
-    poisoner, rng = Poisoner(device), random.Random(f"{seed}/{name}")
+    rig, rng = Rig(device), random.Random(f"{seed}/{name}")
     begun, cases, outputs, launches = time.monotonic(), 0, 0, 0
     by_inputs: dict[str, int] = defaultdict(int)
     unsupported: dict[str, int] = defaultdict(int)
@@ -138,7 +138,7 @@ def judge_kernel(job: tuple[str, int, int, str, int, float, list[str]]) -> dict[
         if reason := kernel.unsupported(case, device):
             unsupported[reason] += 1
             continue
-        execution = Execution(kernel, case, device, poisoner)
+        execution = Execution(kernel, case, rig)
         try:
             execution.observations.append(execution.observe(execution.uniform(Pattern.FINITE)))
         except Unsupported as refused:

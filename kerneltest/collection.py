@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from kerneltest.engine import repro
 from kerneltest.engine.hunt import Target
 from kerneltest.engine.pool import WorkerFailed
 from kerneltest.engine.profile import PROFILES
-from kerneltest.model import Case, Conclusion, Failure, KernelRecord, encode
+from kerneltest.model import Case, Conclusion, Failure, KernelRecord, LaunchSequence, encode
+from kerneltest.model.sequence import STEPS
 from kerneltest.session import Options, Session
 
 SESSION = pytest.StashKey[Session]()
@@ -90,6 +92,8 @@ class SuiteFile(pytest.File):
         for kernel in kernels.values():
             target = Target(kernel=kernel, source=self.path)
             yield KernelItem.from_parent(self, name=kernel.name, suite=suite, target=target)
+            if start(self.config).options.profile.cuda_sequences:
+                yield SequencesItem.from_parent(self, name=f"{kernel.name}-in-company", suite=suite, target=target)
 
 
 class RecordedItem(pytest.Item):
@@ -126,6 +130,13 @@ class KernelItem(RecordedItem):
         self.conclude(*start(self.config).hunt(self.suite, self.target))
 
 
+class SequencesItem(KernelItem):
+    """The hunt of one kernel in the company of others."""
+
+    def runtest(self) -> None:
+        self.conclude(*start(self.config).hunt_sequences(self.suite, self.target))
+
+
 class FixtureFile(pytest.File):
     """A ``case.json``; its item replays the bug."""
 
@@ -141,16 +152,19 @@ class FixtureFile(pytest.File):
             target.kernel.operator.strategy(case.inputs)
             if case.relation:
                 target.kernel.operator.relation(case.relation)
+            played: Case[Any] | LaunchSequence = case
+            if read.sequence is not None:
+                played = LaunchSequence.from_json(case, read.sequence, session.axes_of)
         except ValueError as error:
             yield BrokenItem.from_parent(self, name="read", reason=str(error), expected=repro.EXPECTED_FORM)
             return
-        yield ReplayItem.from_parent(self, name="replay", suite=read.suite, target=target, case=case)
+        yield ReplayItem.from_parent(self, name="replay", suite=read.suite, target=target, case=played)
 
 
 class ReplayItem(RecordedItem):
-    """Run the case of a fixture; it passes once the bug is gone."""
+    """Run the case or the sequence of a fixture; it passes once the bug is gone."""
 
-    def __init__(self, *, suite: str, target: Target, case: Case[Any], **kwargs: Any) -> None:
+    def __init__(self, *, suite: str, target: Target, case: Case[Any] | LaunchSequence, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.suite, self.target, self.case = suite, target, case
 
@@ -191,7 +205,15 @@ def _options(config: pytest.Config) -> Options:
         suites = known
     for suite in suites:
         _one_of("--kernel-suite", suite, ["all", *known])
+    kinds = [kind for kind in (option.kernel_steps or "").split(",") if kind]
+    for kind in kinds:
+        _one_of("--kernel-steps", kind, list(STEPS))
     _one_of("--kernel-profile", option.kernel_profile, list(PROFILES))
+    profile = PROFILES[option.kernel_profile]
+    if option.kernel_sequences is not None:
+        if option.kernel_sequences < 0:
+            raise pytest.UsageError(f"--kernel-sequences: expected 0 or more, got {option.kernel_sequences}")
+        profile = replace(profile, cpu_sequences=option.kernel_sequences, cuda_sequences=option.kernel_sequences)
     if not DEVICE.fullmatch(option.kernel_device):
         raise pytest.UsageError(
             f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"
@@ -202,7 +224,7 @@ def _options(config: pytest.Config) -> Options:
         option.kernel_seed = random.SystemRandom().randrange(2**32) if given is None else given
     return Options(
         suites=tuple(suites),
-        profile=PROFILES[option.kernel_profile],
+        profile=profile,
         device=option.kernel_device,
         libraries=dict(_library(text) for text in option.kernel_library),
         isolation=option.kernel_isolation,
@@ -211,6 +233,7 @@ def _options(config: pytest.Config) -> Options:
         fixtures=Path(option.kernel_fixtures or config.rootpath / "fixtures"),
         root=config.rootpath,
         invoked_in=config.invocation_params.dir,
+        steps=tuple(kinds) or tuple(STEPS),
     )
 
 

@@ -44,6 +44,21 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "worker: a process that may crash or hang; inprocess: for a debugger",
         },
     ),
+    (
+        "--kernel-steps",
+        {
+            "metavar": "KIND[,KIND...]",
+            "help": "make launch sequences of these kinds of steps alone, such as neighbour,torch: no synthetic poison",
+        },
+    ),
+    (
+        "--kernel-sequences",
+        {
+            "type": int,
+            "metavar": "N",
+            "help": "launch sequences for each kernel, 0 for none (default: as the profile says)",
+        },
+    ),
     ("--kernel-seed", {"type": int, "metavar": "N", "help": "what all cases are drawn from (default: a new one)"}),
     (
         "--kernel-report",

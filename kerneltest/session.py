@@ -8,14 +8,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kerneltest import discovery
 from kerneltest.engine import repro
-from kerneltest.engine.hunt import Target, Trail, hunt, replay
+from kerneltest.engine.company import hunt_sequences, replay_sequence
+from kerneltest.engine.hunt import Caught, Target, Trail, hunt, replay
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
 from kerneltest.engine.profile import Profile
-from kerneltest.engine.text import failure_text, nothing_checked_text, vacuous_text
+from kerneltest.engine.text import failure_text, nothing_checked_text, steps, vacuous_text
 from kerneltest.model import (
     FAILURES,
     Case,
@@ -25,13 +26,16 @@ from kerneltest.model import (
     Finding,
     Kernel,
     KernelRecord,
+    LaunchSequence,
     NothingChecked,
     Start,
     Started,
+    StepRecord,
     Unchecked,
     VacuousBudget,
     encode,
 )
+from kerneltest.model.sequence import STEPS
 
 # A budget of which no case uses more than this share cannot tell right from wrong; fewer cases cannot tell that.
 VACUOUS = 0.05
@@ -43,7 +47,7 @@ class Options:
     """The command line, parsed and valid.
 
     ``roots``: folders of suites. ``fixtures``: where found bugs are written. ``root``: what paths in a report are
-    relative to; ``invoked_in``: what those of a command are.
+    relative to; ``invoked_in``: what those of a command are. ``steps``: the kinds of steps that sequences are made of.
     """
 
     suites: tuple[str, ...]
@@ -56,27 +60,39 @@ class Options:
     fixtures: Path
     root: Path
     invoked_in: Path
+    steps: tuple[str, ...] = tuple(STEPS)
 
 
 class Session:
-    """Holds the worker, from the first kernel that needs one until :meth:`close`."""
+    """Holds the workers, from the first kernel that needs one until :meth:`close`."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self._runner: Runner | None = None
+        self._quiet: Runner | None = None
         discovery.use_roots(options.roots)
 
     @property
     def runner(self) -> Runner:
         if self._runner is None:
-            start = Start(
-                device=self.options.device,
-                suite_roots=tuple(str(root) for root in self.options.roots),
-                libraries=self.libraries,
-            )
             cls = InProcess if self.options.isolation == "inprocess" else WorkerPool
-            self._runner = cls(start, self.options.libraries)
+            self._runner = cls(self._start, self.options.libraries)
         return self._runner
+
+    @property
+    def quiet(self) -> Runner | None:
+        """A worker in which nothing but launches alone ever runs; None where all share the process of pytest."""
+        if self._quiet is None and self.options.isolation != "inprocess":
+            self._quiet = WorkerPool(self._start, self.options.libraries)
+        return self._quiet
+
+    @property
+    def _start(self) -> Start:
+        return Start(
+            device=self.options.device,
+            suite_roots=tuple(str(root) for root in self.options.roots),
+            libraries=self.libraries,
+        )
 
     @cached_property
     def _targets(self) -> tuple[Target, ...]:
@@ -107,9 +123,10 @@ class Session:
         return tuple(sorted({found.kernel.library for found in self._targets if found.kernel.library}))
 
     def close(self) -> None:
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        for runner in (self._runner, self._quiet):
+            if runner is not None:
+                runner.close()
+        self._runner = self._quiet = None
 
     def hunt(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
         """Hunt one kernel; the failure, if any, is written to ``fixtures`` as well."""
@@ -131,25 +148,68 @@ class Session:
         path = repro.write(self.options.fixtures, suite, trail.caught, started)
         return self._caught(suite, kernel, trail, path)
 
-    def replay(self, suite: str, target: Target, case: Case[Any], path: Path) -> tuple[KernelRecord, Failure | None]:
-        """Run the case of a fixture; green means that the bug is gone."""
+    def hunt_sequences(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
+        """Hunt one kernel in the company of all others; the failure, if any, is written to ``fixtures`` as well."""
         kernel = target.kernel
         if reason := _unmet(kernel, self.runner.started):
-            return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=reason),)), None
-        trail = replay(replace(target, peers=self._peers(kernel)), self.runner, self.options.profile, case)
+            why = Unchecked(what=f"{kernel.name} in company", why=reason)
+            return self._record(suite, kernel, unchecked=(why,), hunt="sequences"), None
+        options = self.options
+        target = replace(target, peers=self._peers(kernel))
+        trail = hunt_sequences(
+            target, self.neighbours, self.runner, self.quiet, options.profile, self._seed(kernel), options.steps
+        )
         if trail.caught is not None:
-            return self._caught(suite, kernel, trail, path)
+            path = repro.write(options.fixtures, suite, trail.caught, self.runner.started)
+            return self._caught(suite, kernel, trail, path, hunt="sequences")
+        nothing = Unchecked(what=f"{kernel.name} in company", why="it ran none of the cases drawn for it alone")
+        return self._record(suite, kernel, trail, unchecked=() if trail.cases else (nothing,), hunt="sequences"), None
+
+    @cached_property
+    def neighbours(self) -> dict[str, Target]:
+        """Every kernel of every suite that can run here, by name."""
+        started = self.runner.started
+        return {one.kernel.name: one for one in self._targets if not _unmet(one.kernel, started)}
+
+    def replay(
+        self, suite: str, target: Target, case: Case[Any] | LaunchSequence, path: Path
+    ) -> tuple[KernelRecord, Failure | None]:
+        """Run the case or the sequence of a fixture; green means that the bug is gone."""
+        kernel, profile = target.kernel, self.options.profile
+        if reason := _unmet(kernel, self.runner.started):
+            return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=reason),)), None
+        target = replace(target, peers=self._peers(kernel))
+        hunt: Literal["cases", "sequences"] = "sequences" if isinstance(case, LaunchSequence) else "cases"
+        if isinstance(case, LaunchSequence):
+            absent = [step.kernel for step in case.neighbours if step.kernel not in self.neighbours]
+            if absent:
+                why = f"{absent[0]}, which runs before it, cannot run here"
+                return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=why),)), None
+            trail = replay_sequence(target, self.neighbours, self.runner, self.quiet, profile, case)
+        else:
+            trail = replay(target, self.runner, profile, case)
+        if trail.caught is not None:
+            return self._caught(suite, kernel, trail, path, hunt)
         unchecked = tuple(
             Unchecked(what=self._shown(path), why=f"unsupported: {reason}") for reason in trail.unsupported
         )
-        return self._record(suite, kernel, trail, unchecked=unchecked), None
+        return self._record(suite, kernel, trail, unchecked=unchecked, hunt=hunt), None
 
-    def _caught(self, suite: str, kernel: Kernel, trail: Trail, path: Path) -> tuple[KernelRecord, Failure]:
+    def axes_of(self, name: str) -> type[Any]:
+        """The axes of a kernel's cases; raises ValueError that lists the kernels there are."""
+        for one in self._targets:
+            if one.kernel.name == name:
+                return one.kernel.operator.axes
+        raise ValueError(f"unknown kernel {name!r}; valid: {', '.join(one.kernel.name for one in self._targets)}")
+
+    def _caught(
+        self, suite: str, kernel: Kernel, trail: Trail, path: Path, hunt: Literal["cases", "sequences"] = "cases"
+    ) -> tuple[KernelRecord, Failure]:
         assert trail.caught is not None
         command = self._replay_command(path)
         text = failure_text(trail.caught, self.runner.started, command, len(trail.cases))
         failure = FAILURES[trail.caught.finding.kind](trail.caught.finding, text)
-        return self._record(suite, kernel, trail, failure, self._shown(path), command), failure
+        return self._record(suite, kernel, trail, failure, self._shown(path), command, hunt=hunt), failure
 
     def _record(
         self,
@@ -160,6 +220,7 @@ class Session:
         fixture: str | None = None,
         command: str = "",
         unchecked: tuple[Unchecked, ...] = (),
+        hunt: Literal["cases", "sequences"] = "cases",
     ) -> KernelRecord:
         started = self.runner.started
         failures: tuple[FailureRecord, ...] = ()
@@ -178,6 +239,7 @@ class Session:
                     seconds_to_find=caught.seconds_to_find if caught else 0.0,
                     seconds_to_shrink=caught.seconds_to_shrink if caught else 0.0,
                     replay=command,
+                    steps=_steps(caught) if caught else (),
                 ),
             )
         ran = trail is not None and bool(trail.cases)
@@ -195,6 +257,10 @@ class Session:
             device=started.device,
             libraries=started.libraries,
             coverage=started.coverage,
+            hunt=hunt,
+            before=trail.before if trail else {},
+            kinds=trail.kinds if trail else {},
+            repeated=trail.repeated if trail else (0, 0),
         )
 
     def _seed(self, kernel: Kernel) -> int:
@@ -225,6 +291,18 @@ def _vacuous(record: KernelRecord, wide: Collection[str]) -> Finding | None:
             what = f"{output}: no case used more than {100 * used:.2g} % of an error budget wider than fp32 needs"
             return Finding(kind="VacuousBudget", kernel=record.name, key=output, what=what)
     return None
+
+
+def _steps(caught: Caught) -> tuple[StepRecord, ...]:
+    """The steps of a failing sequence, each with what comes of it without that step, where that was asked."""
+    if caught.sequence is None:
+        return ()
+    kinds = [step.kind for step in caught.sequence.steps]
+    without = caught.without or [""] * len(kinds)
+    return tuple(
+        StepRecord(kind=kind, text=text, without=less)
+        for kind, text, less in zip(kinds, steps(caught), without, strict=True)
+    )
 
 
 def _relative(path: Path, folder: Path) -> str:

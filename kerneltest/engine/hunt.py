@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hypothesis import target as breed_for
-from hypothesis.errors import Unsatisfiable
 
+from kerneltest.engine.chase import Chase, draw
+from kerneltest.engine.guards import blamed_on_the_guard, guarded, named
 from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
-from kerneltest.model import Case, CaseRecord, Finding, Kernel, Outcome, Status, Unchecked
+from kerneltest.model import (
+    Case,
+    CaseRecord,
+    Finding,
+    Guard,
+    Kernel,
+    LaunchSequence,
+    Operator,
+    Outcome,
+    Status,
+    Unchecked,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -36,7 +47,8 @@ class Caught:
 
     ``reproduced`` of ``confirmed_of`` further runs of the case showed it again, and, where the verdict rests on chance,
     ``fresh`` of ``fresh_of`` runs with other data. ``others`` are different bugs that the shrinker came across;
-    ``complete`` is False if it ran out of time. ``peers``: what other kernels made of the case, by name.
+    ``complete`` is False if it ran out of time. ``peers``: what other kernels made of the case, by name. ``sequence``:
+    the steps around the case, if it takes any to fail; ``without``: what comes of it without each of them.
     """
 
     finding: Finding
@@ -50,11 +62,17 @@ class Caught:
     fresh: int = 0
     fresh_of: int = 0
     peers: Mapping[str, Outcome] = field(default_factory=dict)
+    sequence: LaunchSequence | None = None
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trail:
-    """What a hunt did: every distinct case that ran, refusals by reason, and the catch, if any."""
+    """What a hunt did: every distinct case that ran, refusals by reason, and the catch, if any.
+
+    Of a hunt of sequences: ``before``, how often each other launch was the last before the kernel's; ``kinds``, pairs
+    of step kinds side by side; ``repeated``, launches compared with the first of their kind, and those that differed.
+    """
 
     cases: tuple[CaseRecord, ...]
     unsupported: dict[str, int]
@@ -64,6 +82,9 @@ class Trail:
     unchecked: tuple[Unchecked, ...]
     slack: float = 1.0
     wide: frozenset[str] = frozenset()
+    before: Mapping[str, int] = field(default_factory=dict)
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    repeated: tuple[int, int] = (0, 0)
 
 
 # How often the minimal case is run again after shrinking, to say whether it fails every time.
@@ -79,63 +100,28 @@ PEER_PATIENCE = 120.0
 LEAST_PATIENCE = 2.0
 
 
-class _Found(Exception):
-    """Raised inside the property: the finding with the identity that the hunt is after."""
-
-
 @dataclass
 class _Hunt:
-    """The state of one hunt. Hypothesis calls :meth:`check` for every case it draws."""
+    """The state of one hunt of cases."""
 
     target: Target
     runner: Runner
     profile: Profile
-    begun: float = field(default_factory=time.monotonic)
-    outcomes: dict[Case[Any], Outcome] = field(default_factory=dict)
-    unsupported: Counter[str] = field(default_factory=Counter)
+    chase: Chase[Case[Any]] = field(init=False)
     launches: int = 0
-    prey: Finding | None = None
-    found_at: float = 0.0
-    minimal: tuple[Case[Any], Finding] | None = None
-    others: dict[tuple[str, str, str], Finding] = field(default_factory=dict)
     lethal_peers: set[str] = field(default_factory=set)
-    out_of_time: bool = False
     slowest: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.chase = Chase(self.run_again, self.profile.shrink_seconds)
+
     def check(self, case: Case[Any]) -> None:
-        """The property. Raises :class:`_Found` for the bug that is hunted."""
-        if self.shows_prey(case):
-            raise _Found
-        outcome = self.outcomes.get(case)
-        if outcome is not None and outcome.status is Status.UNSUPPORTED:
-            reject()
+        """The property that Hypothesis is given."""
+        outcome = self.chase.check(case)
         strategy = self.target.kernel.operator.strategy(case.inputs)
         if outcome is not None and outcome.used and strategy.tier != "exact":
             # Cases that use much of the budget are bred for more; on exact inputs a right kernel uses all of it.
             breed_for(max(outcome.used.values()), label=f"share of the error budget, {strategy.name}")
-
-    def shows_prey(self, case: Case[Any]) -> bool:
-        """Whether the case fails with the bug that is hunted, which is the first that was met."""
-        if self.prey and case not in self.outcomes and time.monotonic() - self.found_at > self.profile.shrink_seconds:
-            self.out_of_time = True
-            return False
-        finding = (self.outcomes.get(case) or self.run(case)).finding
-        if finding is None:
-            return False
-        if self.prey is None:
-            self.prey, self.found_at = finding, time.monotonic()
-        if finding.identity == self.prey.identity:
-            self.minimal = (case, finding)
-            return True
-        self.others.setdefault(finding.identity, finding)
-        return False
-
-    def run(self, case: Case[Any]) -> Outcome:
-        """Run a case and keep its outcome: asked again, shrinking cannot contradict itself."""
-        outcome = self.outcomes[case] = self.run_again(case)
-        if outcome.status is Status.UNSUPPORTED:
-            self.unsupported[outcome.reason or "no reason given"] += 1
-        return outcome
 
     def run_again(self, case: Case[Any]) -> Outcome:
         """Run a case in the worker, whatever is known of it."""
@@ -149,9 +135,9 @@ class _Hunt:
                 outcome = alone
         if outcome.status is Status.PASSED:
             self.slowest = max(self.slowest, outcome.seconds)
-        return outcome
+        return blamed_on_the_guard(outcome, case, self.chase.prey, self._ask)
 
-    def _ask(self, case: Case[Any], peer: Target | None) -> Outcome:
+    def _ask(self, case: Case[Any], peer: Target | None = None, guarded: str | None = None) -> Outcome:
         outcome = self.runner.run(
             self.target.kernel,
             self.target.source,
@@ -159,6 +145,7 @@ class _Hunt:
             peer=(peer.kernel, peer.source) if peer else None,
             deadline=self.deadline,
             cold=self.profile.cold_deadline,
+            guarded=guarded,
         )
         self.launches += outcome.launches
         return outcome
@@ -170,17 +157,13 @@ class _Hunt:
         return peers[number % len(peers)] if peers and turn == 0 else None
 
     @property
-    def ran(self) -> dict[Case[Any], Outcome]:
-        """The cases that the kernel did not refuse."""
-        return {case: outcome for case, outcome in self.outcomes.items() if outcome.status is not Status.UNSUPPORTED}
-
-    @property
     def deadline(self) -> float:
         """Seconds for a case. While a hang is shrunk, ten times the slowest case that passed are enough.
 
         The whole deadline for every smaller case that hangs as well would leave time for only a few of them.
         """
-        if self.prey is None or self.prey.kind != "Hung":
+        prey = self.chase.prey
+        if prey is None or prey.kind != "Hung":
             return self.profile.deadline
         return min(self.profile.deadline, max(LEAST_PATIENCE, 10 * self.slowest))
 
@@ -192,14 +175,14 @@ def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> T
     strategy that is at fault.
     """
     state = _Hunt(target, runner, profile)
-    operator = target.kernel.operator
-    strategy = operator.cases(profile.size(_device(runner)))
-    _draw(state, strategy, profile.cases, seed_value)
-    for inputs in operator.inputs if state.ran else ():
-        missing = PORTFOLIO.get(inputs.name, 1) - sum(case.inputs == inputs.name for case in state.ran)
-        if missing > 0 and state.minimal is None:
+    operator, chase = target.kernel.operator, state.chase
+    strategy = guarded(operator.cases(profile.size(_device(runner))), runner.started)
+    draw(strategy, state.check, profile.cases, seed_value)
+    for inputs in operator.inputs if chase.ran else ():
+        missing = PORTFOLIO.get(inputs.name, 1) - sum(case.inputs == inputs.name for case in chase.ran)
+        if missing > 0 and chase.minimal is None:
             # Hypothesis begins with the simplest case, which has run already.
-            _draw(state, _with_inputs(strategy, inputs.name), missing + 1, seed_value + 1)
+            draw(_with_inputs(strategy, inputs.name), state.check, missing + 1, seed_value + 1)
     _complete_relations(state)
     _simplify(state)
     return _trail(state)
@@ -207,64 +190,44 @@ def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> T
 
 def _complete_relations(state: _Hunt) -> None:
     """Name each relation that no case named in the first of the cases that it applies to."""
-    drawn = list(state.ran)
+    chase = state.chase
+    drawn = list(chase.ran)
     for relation in state.target.kernel.operator.relations:
-        if state.minimal is None and not any(case.relation == relation.name for case in drawn):
+        if chase.minimal is None and not any(case.relation == relation.name for case in drawn):
             case = next((case for case in drawn if not case.relation and relation.applies(case)), None)
             if case is not None:
-                state.shows_prey(replace(case, relation=relation.name))
+                chase.shows_prey(replace(case, relation=relation.name))
 
 
 def _with_inputs(strategy: SearchStrategy[Case[Any]], inputs: str) -> SearchStrategy[Case[Any]]:
     return strategy.filter(lambda case: case.inputs == inputs)
 
 
-def _draw(state: _Hunt, strategy: SearchStrategy[Case[Any]], cases: int, seed_value: int) -> None:
-    """Let Hypothesis draw that many cases, and shrink the first that fails."""
-
-    @seed(seed_value)
-    @settings(
-        max_examples=cases,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.target, Phase.shrink),
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    @given(case=strategy)
-    def prop(case: Case[Any]) -> None:
-        state.check(case)
-
-    try:
-        prop()
-    except _Found:
-        pass
-    except Unsatisfiable:
-        if not state.outcomes:
-            raise
-        # The kernel refused what was drawn: the caller says so in words of its own.
-
-
 def _simplify(state: _Hunt) -> None:
     """Take the steps that the operator knows and Hypothesis does not, for as long as one of them keeps the bug."""
-    simpler = state.target.kernel.operator.simpler
-    while state.minimal is not None and any(state.shows_prey(case) for case in simpler(state.minimal[0])):
+    chase, operator = state.chase, state.target.kernel.operator
+    while chase.minimal is not None and any(map(chase.shows_prey, simpler(operator, chase.minimal[0]))):
         pass  # any() stops at the first that shows it, which is the new minimal case
+
+
+def simpler(operator: Operator, case: Case[Any]) -> Iterator[Case[Any]]:
+    """Cases one step simpler."""
+    if case.guard is not Guard.NONE:
+        yield replace(case, guard=Guard.NONE)
+    yield from operator.simpler(case)
 
 
 def replay(target: Target, runner: Runner, profile: Profile, case: Case[Any]) -> Trail:
     """Run one given case, without drawing or shrinking."""
     state = _Hunt(target, runner, profile)
-    outcome = state.run(case)
-    if outcome.finding:
-        state.prey, state.found_at, state.minimal = outcome.finding, time.monotonic(), (case, outcome.finding)
+    state.chase.shows_prey(case)
     return _trail(state, confirmations=0)
 
 
 def _trail(state: _Hunt, confirmations: int = CONFIRMATIONS) -> Trail:
-    caught = _catch(state, *state.minimal, confirmations) if state.minimal else None
-    ran, kernel = state.ran, state.target.kernel.name
+    chase, kernel = state.chase, state.target.kernel.name
+    caught = _catch(state, *chase.minimal, confirmations) if chase.minimal else None
+    ran = chase.ran
     unchecked = {
         f"{kernel}: output {name}": "the kernel does not return it" for o in ran.values() for name in o.unjudged
     }
@@ -284,9 +247,9 @@ def _trail(state: _Hunt, confirmations: int = CONFIRMATIONS) -> Trail:
                 unchecked.setdefault(f"{kernel}: agreement with {other.kernel.name}", "no case was right in both")
     return Trail(
         cases=tuple(_record(case, outcome) for case, outcome in ran.items()),
-        unsupported=dict(state.unsupported),
+        unsupported=dict(chase.unsupported),
         launches=state.launches,
-        seconds=time.monotonic() - state.begun,
+        seconds=time.monotonic() - chase.begun,
         caught=caught,
         slack=max((outcome.slack for outcome in ran.values()), default=1.0),
         wide=frozenset(name for outcome in ran.values() for name in outcome.wide),
@@ -296,32 +259,34 @@ def _trail(state: _Hunt, confirmations: int = CONFIRMATIONS) -> Trail:
 
 def _catch(state: _Hunt, case: Case[Any], finding: Finding, confirmations: int) -> Caught:
     """Ask the minimal case again, with its own data and with others, and what other kernels make of it."""
-    ended = time.monotonic()
-
-    def again(other: Case[Any]) -> bool:
-        found = state.run_again(other).finding
-        return found is not None and found.identity == finding.identity
-
-    reproduced = sum(again(case) for _ in range(confirmations))
+    ended, chase = time.monotonic(), state.chase
+    reproduced = sum(chase.again(case, finding) for _ in range(confirmations))
     seeds = range(case.seed + 1, case.seed + 1 + FRESH_SEEDS) if finding.by_chance and confirmations else ()
-    fresh = [again(replace(case, seed=seed % 2**32)) for seed in seeds]
-    peers = {}
-    for peer in state.target.peers if confirmations else ():
-        cold = min(state.profile.cold_deadline, PEER_PATIENCE)
-        peers[peer.kernel.name] = state.runner.run(peer.kernel, peer.source, case, deadline=state.deadline, cold=cold)
+    fresh = [chase.again(replace(case, seed=seed % 2**32), finding) for seed in seeds]
+    finding = named(finding, case, lambda other, buffer: state._ask(other, guarded=buffer))
+    peers = opinions(state.target, state.runner, state.profile, case) if confirmations else {}
     return Caught(
         finding=finding,
         case=case,
-        seconds_to_find=state.found_at - state.begun,
-        seconds_to_shrink=ended - state.found_at,
+        seconds_to_find=chase.found_at - chase.begun,
+        seconds_to_shrink=ended - chase.found_at,
         reproduced=reproduced,
         confirmed_of=confirmations,
         fresh=sum(fresh),
         fresh_of=len(fresh),
-        others=tuple(state.others.values()),
-        complete=not state.out_of_time,
+        others=tuple(chase.others.values()),
+        complete=not chase.out_of_time,
         peers=peers,
     )
+
+
+def opinions(target: Target, runner: Runner, profile: Profile, case: Case[Any]) -> dict[str, Outcome]:
+    """What the peers make of a case, by name."""
+    cold = min(profile.cold_deadline, PEER_PATIENCE)
+    return {
+        peer.kernel.name: runner.run(peer.kernel, peer.source, case, deadline=profile.deadline, cold=cold)
+        for peer in target.peers
+    }
 
 
 def _record(case: Case[Any], outcome: Outcome) -> CaseRecord:

@@ -17,11 +17,11 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from kerneltest.model import Case, Finding, Kernel, Outcome, Run, Start, Started, Status, decode, encode
+from kerneltest.model import Case, Finding, Kernel, LaunchSequence, Outcome, Run, Start, Started, Status, decode, encode
 
 # From the start of the process to its first answer: importing torch and compiling the poison kernels takes a while.
 START_DEADLINE = 300.0
@@ -33,8 +33,30 @@ WORKER_FRAMES = os.path.join("kerneltest", "worker", "")
 SPARES = max(2, min(4, (os.cpu_count() or 1) // 2))
 
 
-# Another kernel of the operator, and the file that defines it.
+# Another kernel, and the file that defines it.
 Peer = tuple[Kernel, Path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Company:
+    """What happens around a case: the steps, where the kernels that they name live, and what the case gives alone.
+
+    ``alone``: nothing happens around it, and nothing is wanted but the digest of its answer.
+    """
+
+    sequence: LaunchSequence
+    neighbours: Mapping[str, Peer] = field(default_factory=dict)
+    fresh: str | None = None
+    alone: bool = False
+
+    def modules(self, kernel: Kernel) -> set[tuple[str, str]]:
+        """What has to be compiled for it."""
+        own = {(kernel.name, kernel.specialisation(case)) for case in self.sequence.cases}
+        theirs = {
+            (step.kernel, self.neighbours[step.kernel][0].specialisation(step.case))
+            for step in self.sequence.neighbours
+        }
+        return own | theirs
 
 
 class WorkerFailed(Exception):
@@ -55,7 +77,16 @@ class Runner(Protocol):
     @property
     def started(self) -> Started: ...
     def run(
-        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float, peer: Peer | None = None
+        self,
+        kernel: Kernel,
+        source: Path,
+        case: Case[Any],
+        *,
+        deadline: float,
+        cold: float,
+        peer: Peer | None = None,
+        company: Company | None = None,
+        guarded: str | None = None,
     ) -> Outcome: ...
     def close(self) -> None: ...
 
@@ -173,7 +204,16 @@ class WorkerPool:
         return self._started
 
     def run(
-        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float, peer: Peer | None = None
+        self,
+        kernel: Kernel,
+        source: Path,
+        case: Case[Any],
+        *,
+        deadline: float,
+        cold: float,
+        peer: Peer | None = None,
+        company: Company | None = None,
+        guarded: str | None = None,
     ) -> Outcome:
         """Run a case; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`.
 
@@ -183,6 +223,7 @@ class WorkerPool:
         """
         module = (kernel.name, kernel.specialisation(case))
         modules = {module} | ({(peer[0].name, peer[0].specialisation(case))} if peer else set())
+        modules |= company.modules(kernel) if company else set()
         worker = self._ready()
         if module not in worker.warm and module in self._passed:
             if isinstance(worker.ask(self._passed[module], cold), Death):
@@ -191,7 +232,7 @@ class WorkerPool:
             else:
                 worker.warm.add(module)
         begun = time.monotonic()
-        message = _message(kernel, source, case, peer)
+        message = _message(kernel, source, case, peer, company, guarded)
         answer = worker.ask(message, deadline if modules <= worker.warm else cold)
         if isinstance(answer, Death):
             self._replace()
@@ -201,7 +242,7 @@ class WorkerPool:
         if outcome.launches:  # a case that was refused has compiled nothing
             worker.warm |= modules
         if outcome.status is Status.PASSED:
-            self._passed.setdefault(module, _message(kernel, source, case, None))
+            self._passed.setdefault(module, _message(kernel, source, case))
         if outcome.fatal:
             worker.kill()
             self._replace()
@@ -243,19 +284,51 @@ class InProcess:
         self.started = decode(Started, json.loads(json.dumps(self._worker.answer(encode(start)))))
 
     def run(
-        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float, peer: Peer | None = None
+        self,
+        kernel: Kernel,
+        source: Path,
+        case: Case[Any],
+        *,
+        deadline: float,
+        cold: float,
+        peer: Peer | None = None,
+        company: Company | None = None,
+        guarded: str | None = None,
     ) -> Outcome:
         """Run a case, however long it takes: nobody is there to watch ``deadline`` and ``cold``."""
         del deadline, cold
-        return decode(Outcome, json.loads(json.dumps(self._worker.answer(_message(kernel, source, case, peer)))))
+        return decode(
+            Outcome, json.loads(json.dumps(self._worker.answer(_message(kernel, source, case, peer, company, guarded))))
+        )
 
     def close(self) -> None:
         """Nothing to give back."""
 
 
-def _message(kernel: Kernel, source: Path, case: Case[Any], peer: Peer | None) -> Any:
-    other = (str(peer[1]), peer[0].name) if peer else None
-    return encode(Run(source=str(source), kernel=kernel.name, case=encode(case), peer=other))
+def _message(
+    kernel: Kernel,
+    source: Path,
+    case: Case[Any],
+    peer: Peer | None = None,
+    company: Company | None = None,
+    guarded: str | None = None,
+) -> Any:
+    run = Run(
+        source=str(source),
+        kernel=kernel.name,
+        case=encode(case),
+        peer=(str(peer[1]), peer[0].name) if peer else None,
+        guarded=guarded,
+    )
+    if company is not None:
+        run = replace(
+            run,
+            sequence=company.sequence.to_json(),
+            neighbours={name: str(path) for name, (_, path) in company.neighbours.items()},
+            fresh=company.fresh,
+            alone=company.alone,
+        )
+    return encode(run)
 
 
 def _death(kernel: Kernel, death: Death, seconds: float) -> Finding:

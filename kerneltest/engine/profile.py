@@ -12,7 +12,10 @@ class Profile:
     """Cases for each kernel, limits of a case on each kind of device, and deadlines in seconds.
 
     ``deadline`` is for one case; ``cold_deadline`` for the first of each specialisation, which may have to be compiled.
-    ``shrink_seconds``: how long a failing case may be shrunk.
+    ``shrink_seconds``: how long a failing case may be shrunk. ``cpu_sequences``, ``cuda_sequences``: launch sequences
+    for each kernel, around ``victims`` cases of it; ``modules``: of how many specialisations its cases are there,
+    since what runs before a launch matters, and each module has to be compiled; ``every_pair``: whether every launch
+    has to run before every kernel, and every kind of step behind every other.
     """
 
     name: str
@@ -22,9 +25,17 @@ class Profile:
     deadline: float = 20.0
     cold_deadline: float = 900.0
     shrink_seconds: float = 60.0
+    cpu_sequences: int = 40
+    cuda_sequences: int = 150
+    victims: int = 12
+    modules: int = 1
+    every_pair: bool = False
 
     def size(self, device: Device) -> Size:
         return self.cuda if device.kind == "cuda" else self.cpu
+
+    def sequences(self, device: Device) -> int:
+        return self.cuda_sequences if device.kind == "cuda" else self.cpu_sequences
 
 
 PROFILES = {
@@ -36,6 +47,9 @@ PROFILES = {
             cpu=Size(batch=2, qo_len=18, kv_len=70, heads=8),
             cuda=Size(batch=4, qo_len=130, kv_len=300, heads=8),
             shrink_seconds=30.0,
+            cpu_sequences=10,
+            cuda_sequences=40,
+            victims=6,
         ),
         Profile(
             name="default",
@@ -50,6 +64,11 @@ PROFILES = {
             cuda=Size(batch=16, qo_len=1100, kv_len=8300, heads=32),
             deadline=60.0,
             shrink_seconds=300.0,
+            cpu_sequences=600,
+            cuda_sequences=2000,
+            victims=100,
+            modules=4,
+            every_pair=True,
         ),
     )
 }

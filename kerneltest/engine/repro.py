@@ -24,7 +24,8 @@ def slug(kernel: str) -> str:
 def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
     """Write ``<folder>/<kernel>/<failure>-<hash>/case.json`` and return its path. The same bug gets the same name."""
     finding, case = caught.finding, caught.case
-    digest = hashlib.sha256("\0".join((*finding.identity, case.id)).encode()).hexdigest()[:8]
+    shown = caught.sequence or case
+    digest = hashlib.sha256("\0".join((*finding.identity, shown.id)).encode()).hexdigest()[:8]
     target = folder / slug(finding.kernel) / f"{finding.kind}-{digest}" / FILE_NAME
     device = started.device.name if started.device else ""
     repro = Repro(
@@ -36,6 +37,7 @@ def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
         culprit=finding.culprit,
         what=finding.what,
         case=encode(case),
+        sequence=caught.sequence and caught.sequence.to_json(),
         found_on={"device": device, **started.libraries},
     )
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,12 @@ from kerneltest.model import Finding, Outcome, Started, Status
 def failure_text(caught: Caught, started: Started, replay: str | None, ran: int) -> str:
     """What, how much of it, where first, the minimal case, the culprit, and the command that shows it again."""
     finding = caught.finding
-    lines = [f"{finding.kind} in {finding.kernel}", f"  {finding.what}"]
+    lines = [headline(caught), f"  {finding.what}"]
     if finding.culprit:
         lines.append(f"  culprit: {finding.culprit}")
     lines += [f"  {line}" for line in finding.details]
+    for number, (step, without) in enumerate(zip(steps(caught), caught.without, strict=False), 1):
+        lines.append(f"  step {number}: {step}. Without it: {without}.")
     lines.append(f"  minimal case: {caught.case}")
     if not caught.complete:
         lines.append("  shrinking ran out of time: a smaller case may exist")
@@ -29,6 +31,20 @@ def failure_text(caught: Caught, started: Started, replay: str | None, ran: int)
     if replay:
         lines.append(f"  replay: {replay}")
     return "\n".join(lines)
+
+
+def headline(caught: Caught) -> str:
+    """What, in which kernel, and after or beside which step: "StaleState in KERNEL after torch.sort: shared memory"."""
+    text = f"{caught.finding.kind} in {caught.finding.kernel}"
+    if not caught.sequence or not caught.sequence.steps:
+        return text
+    culprit = f": {caught.finding.culprit}" if caught.finding.culprit else ""
+    return f"{text} {', '.join(step.short for step in caught.sequence.steps)}{culprit}"
+
+
+def steps(caught: Caught) -> tuple[str, ...]:
+    """The words of the steps around the minimal case."""
+    return tuple(map(str, caught.sequence.steps)) if caught.sequence else ()
 
 
 def _opinion(outcome: Outcome) -> str:

@@ -8,6 +8,7 @@ import json
 from typing import Any, Generic, TypeVar
 
 from kerneltest.model.codec import decode, encode
+from kerneltest.model.guard import Guard
 
 A = TypeVar("A")
 
@@ -18,7 +19,8 @@ class Case(Generic[A]):
 
     ``axes`` is the operator's own frozen dataclass (shapes, dtypes, layout), ``inputs`` the name of one of its input
     strategies, ``seed`` what the values are drawn from. ``relation`` names the metamorphic relation that is checked on
-    top, if any. No tensors: a case prints on a line and survives as JSON.
+    top, if any. ``guard``: which end of its buffers lies at an unmapped page. No tensors: a case prints on a line and
+    survives as JSON.
     """
 
     operator: str
@@ -26,6 +28,7 @@ class Case(Generic[A]):
     inputs: str
     seed: int
     relation: str = ""
+    guard: Guard = Guard.NONE
 
     def __str__(self) -> str:
         said = _said(self)
@@ -48,6 +51,7 @@ class Case(Generic[A]):
             inputs=raw.inputs,
             seed=raw.seed,
             relation=raw.relation,
+            guard=raw.guard,
         )
 
 
@@ -58,6 +62,7 @@ class _RawCase:
     inputs: str
     seed: int
     relation: str = ""
+    guard: Guard = Guard.NONE
 
 
 def _said(value: object) -> Any:

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -49,6 +49,10 @@ def _decode(expected: Any, data: Any, path: str) -> Any:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _decode(inner, data, path)
+    if origin is Literal:
+        if data not in arguments:
+            raise _wrong(path, "one of " + ", ".join(map(repr, arguments)), data)
+        return data
     if origin is tuple:
         if not isinstance(data, list):
             raise _wrong(path, "a list", data)

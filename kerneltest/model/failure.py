@@ -68,6 +68,10 @@ class InputMutated(Failure):
     """The launch changed one of its inputs."""
 
 
+class OutOfBounds(Failure):
+    """The launch touched memory next to a buffer: a red zone was overwritten, or a guard page hit."""
+
+
 class WrongOutput(Failure):
     """An output is missing or has the wrong shape, dtype or device."""
 
@@ -110,6 +114,7 @@ FAILURES: dict[str, type[Failure]] = {
         Unwritten,
         RelationBroken,
         InputMutated,
+        OutOfBounds,
         WrongOutput,
         LaunchRaised,
         Crashed,

@@ -41,13 +41,18 @@ class Start:
 class Started:
     """The answer: where it runs, with which versions, and how much of each poison was proven. Or the error.
 
-    ``missing``: the libraries that could not be imported, with the reason.
+    ``missing``: the libraries that could not be imported, with the reason. ``no_steps``: the kinds of steps that cannot
+    be taken on this device, and why. ``no_guards``: why there are no guard pages, None if there are. ``torch_ops``: the
+    operations of torch that can be neighbours.
     """
 
     device: Device | None
     libraries: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     coverage: tuple[Coverage, ...] = ()
+    no_steps: Mapping[str, str] = field(default_factory=dict)
+    no_guards: str | None = None
+    torch_ops: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -55,13 +60,21 @@ class Started:
 class Run:
     """Run one case: ``kernel`` lives in ``source`` (a suite file), ``case`` is its JSON form.
 
-    ``peer``: another kernel of the operator, as source and name, which must agree with this one.
+    ``peer``: another kernel of the operator, as source and name, which must agree with this one. ``sequence``: what
+    happens around the launch, as JSON; then ``neighbours`` says where the kernels that it names live, and ``fresh``
+    what the case alone gave in a fresh worker. ``alone``: only that digest is wanted, nothing is judged. ``guarded``:
+    the one buffer that lies at a guard page, None for all of them.
     """
 
     source: str
     kernel: str
     case: Any
     peer: tuple[str, str] | None = None
+    sequence: Any = None
+    neighbours: Mapping[str, str] = field(default_factory=dict)
+    fresh: str | None = None
+    alone: bool = False
+    guarded: str | None = None
 
 
 class Status(Enum):
@@ -80,7 +93,9 @@ class Outcome:
     error² of each output that was judged by noise. ``slack``: what the kernel's numerics multiply the budget by.
     ``wide``: outputs whose budget is much wider than plain fp32 arithmetic needs. ``unjudged``: those without one.
     ``unchecked_relation``: why the relation that the case names says nothing of this kernel. ``compared_with``: the
-    peer whose outputs were held against these.
+    peer whose outputs were held against these. ``digest``: of the bits of a launch alone, where one was asked for.
+    ``repeated``: how many launches were compared with the first, and how many of them differed from it. ``buffers``:
+    the names of those that lay at guard pages, or could have.
     ``fatal``: the device context is lost, this worker is of no further use.
     """
 
@@ -96,4 +111,7 @@ class Outcome:
     unjudged: tuple[str, ...] = ()
     unchecked_relation: str | None = None
     compared_with: str | None = None
+    digest: str | None = None
+    repeated: tuple[int, int] | None = None
+    buffers: tuple[str, ...] = ()
     fatal: bool = False

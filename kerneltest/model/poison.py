@@ -11,18 +11,37 @@ class Pattern(Enum):
     """What a place is filled with. ``word`` is the form for raw bytes, typed tensors get the value itself.
 
     NAN is all ones, a NaN in every floating-point format. FINITE is 0.75 in fp32 and bf16 (1.81 in fp16): a leak of it
-    changes an answer without a trace of NaN. INF is Inf in bf16; MAX is close to the largest finite bf16 and fp32.
+    changes an answer without a trace of NaN. INF is Inf in bf16; MAX is close to the largest finite bf16 and fp32. ONE
+    is 1 in bf16 and fp32. ZERO is what memory most often holds by luck. RANDOM differs from word to word where a place
+    can hold that, and is one odd word elsewhere. PREVIOUS is what the same kernel answered to other data: outputs only.
     """
 
     NAN = "nan"
     INF = "inf"
     MAX = "max"
     FINITE = "finite"
+    ONE = "one"
+    ZERO = "zero"
+    RANDOM = "random"
+    PREVIOUS = "previous"
 
     @property
     def word(self) -> int:
-        """The 32-bit word for raw bytes."""
-        return {"nan": 0xFFFFFFFF, "inf": 0x7F807F80, "max": 0x7F7F7F7F, "finite": 0x3F3F3F3F}[self.value]
+        """The 32-bit word for raw bytes. Raises ValueError for PREVIOUS, which is no word."""
+        if self is Pattern.PREVIOUS:
+            raise ValueError("a previous answer is no word")
+        return _WORDS[self.value]
+
+
+_WORDS = {
+    "nan": 0xFFFFFFFF,
+    "inf": 0x7F807F80,
+    "max": 0x7F7F7F7F,
+    "finite": 0x3F3F3F3F,
+    "one": 0x3F803F80,
+    "zero": 0x00000000,
+    "random": 0xC2B2AE35,
+}
 
 
 class Place(Enum):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from kerneltest.model.messages import Device, Status
 from kerneltest.model.poison import Coverage
@@ -39,8 +39,19 @@ class CaseRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """A step that a failure needs: its kind and its words, and what comes of the sequence without it."""
+
+    kind: str
+    text: str
+    without: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FailureRecord:
     """A failure after shrinking. ``case`` is the minimal case as JSON, ``text`` the full failure text.
+
+    ``steps``: what has to happen around the case, in a failure of a launch sequence.
 
     ``seconds_to_find`` runs from the kernel's first case to its first failing one, ``seconds_to_shrink`` from there.
     """
@@ -56,6 +67,7 @@ class FailureRecord:
     seconds_to_find: float
     seconds_to_shrink: float
     replay: str
+    steps: tuple[StepRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +82,17 @@ class Unchecked:
 class KernelRecord:
     """All of one kernel's hunt. ``unsupported`` counts the refused cases by reason.
 
-    ``slack``: what the kernel's declared numerics multiply its error budget by.
+    ``slack``: what the kernel's declared numerics multiply its error budget by. ``hunt``: of single cases, or of launch
+    sequences, which are then what ``cases`` holds. For those, ``before`` counts how often each other launch (a kernel's
+    name, or ``torch.`` and an operation) was the last one before the kernel, ``kinds`` the pairs of step kinds side by
+    side ("poison > launch"), ``repeated`` the launches compared with the first of their kind, and those that differed.
     """
 
     name: str
     suite: str
     verdict: Conclusion
     seconds: float
+    hunt: Literal["cases", "sequences"] = "cases"
     cases: tuple[CaseRecord, ...] = ()
     unsupported: Mapping[str, int] = field(default_factory=dict)
     launches: int = 0
@@ -86,6 +102,14 @@ class KernelRecord:
     device: Device | None = None
     libraries: Mapping[str, str] = field(default_factory=dict)
     coverage: tuple[Coverage, ...] = ()
+    before: Mapping[str, int] = field(default_factory=dict)
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    repeated: tuple[int, int] = (0, 0)
+
+    @property
+    def title(self) -> str:
+        """The kernel's name, and what was hunted if that is not single cases."""
+        return self.name if self.hunt == "cases" else f"{self.name} in company"
 
     @property
     def used(self) -> dict[str, float]:

@@ -11,7 +11,10 @@ SCHEMA = "kerneltest.case/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repro:
-    """A minimal failing case. ``found_on`` says with which device and versions it was seen; it is not compared."""
+    """A minimal failing case. ``found_on`` says with which device and versions it was seen; it is not compared.
+
+    ``sequence``: the steps around its launch, where the case alone is right.
+    """
 
     schema: str
     suite: str
@@ -21,6 +24,7 @@ class Repro:
     culprit: str | None
     what: str
     case: Any
+    sequence: Any = None
     found_on: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kerneltest.model.case import Case
 from kerneltest.model.messages import Device
@@ -103,21 +103,43 @@ class ErrorBudget:
     noise: Noise | None = None
 
 
+class Workspace(Protocol):
+    """Hands out scratch memory, uint8 and at least 256-byte aligned.
+
+    Its contents are arbitrary. ``zeroed``: all zero when it is handed out for the first time; a kernel that asks for
+    that must leave it so, since later launches may be given the same memory as it is.
+    """
+
+    def __call__(self, nbytes: int, *, zeroed: bool = False) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """What a kernel's ``plan`` and ``launch`` are given: one case on the device, its buffers poisoned.
 
     ``outputs`` are buffers of the right shape that a kernel may write to and return; one that allocates its own
-    returns those. ``workspace(nbytes)`` gives uint8 scratch memory whose contents are arbitrary. ``plan`` holds
-    what the kernel's ``plan`` returned.
+    returns those. ``workspace(nbytes)`` gives uint8 scratch memory, see :class:`Workspace`. ``plan`` holds what the
+    kernel's ``plan`` returned; inside ``plan`` it is None, or an earlier one that is to be planned anew instead of
+    making another (:attr:`LaunchContract.replans`). ``captured``: the launch will be captured in a CUDA graph, and
+    replayed with other values and lengths in the same buffers. ``pdl``: launch with programmatic stream serialization.
     """
 
     case: Case[Any]
     device: Device
     inputs: Mapping[str, torch.Tensor]
     outputs: Mapping[str, torch.Tensor]
-    workspace: Callable[[int], torch.Tensor]
+    workspace: Workspace
     plan: Any = None
+    captured: bool = False
+    pdl: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paging:
+    """Inputs that are addressed through a page table: ``pages`` by their leading index, which ``table`` holds."""
+
+    pages: tuple[str, ...]
+    table: str
 
 
 def _nothing_simpler(_case: Case[Any]) -> Iterable[Case[Any]]:
@@ -138,7 +160,9 @@ class Operator:
     ``budget(case, terms, numerics, strategy)``: a budget for each output that can be judged.
     ``locate(case, output, index)``: an index in the words of the domain, such as "request 3, token 17, head 2, dim 5".
     ``simpler(case)``: cases one step simpler, tried after Hypothesis has shrunk what it drew; must not cycle.
-    ``relations``: the metamorphic relations that a case may name.
+    ``relations``: the metamorphic relations that a case may name. ``paging``: which inputs are pages, if any.
+    ``captures(case)``: draws cases whose tensors are nowhere smaller than those of ``case``, and equal in all that is
+    not a leading dimension: what a CUDA graph may have been captured with before it is replayed for ``case``.
     ``explain(case, inputs, outputs)``: a sentence that names the cause of wrong outputs, or None; tensors on the host.
     """
 
@@ -152,6 +176,8 @@ class Operator:
     locate: Callable[[Case[Any], str, tuple[int, ...]], str]
     simpler: Callable[[Case[Any]], Iterable[Case[Any]]] = _nothing_simpler
     relations: tuple[Relation, ...] = ()
+    paging: Paging | None = None
+    captures: Callable[[Case[Any]], SearchStrategy[Case[Any]]] | None = None
     explain: Callable[[Case[Any], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], str | None] = _no_idea
 
     def strategy(self, name: str) -> InputStrategy:
@@ -183,6 +209,30 @@ def _no_numerics(_case: Case[Any], _device: Device) -> Numerics:
     raise ValueError("the kernel declares no numerics")
 
 
+def _takes_all(_step: str, _case: Case[Any], _device: Device) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchContract:
+    """What may be done around a launch of the kernel. What is not declared is not done, and counted as unsupported.
+
+    ``replans``: ``plan`` accepts an earlier plan in ``call.plan``. ``shares_workspace``: plans of several cases may be
+    alive on one workspace. ``captured``: the launch can be captured in a CUDA graph (``"values"``: replayed for other
+    values of the same case; ``"lengths"``: for other lengths as well, planned anew if there is a plan; None: not at
+    all). ``graph_bits``: a replay promises the bits of an eager launch, and not only an answer within the budget.
+    ``pdl``: there is a switch for programmatic dependent launch. ``refuses(step, case, device)``: why a kind of step
+    cannot be taken around this case, or None.
+    """
+
+    replans: bool = False
+    shares_workspace: bool = False
+    captured: Literal["values", "lengths"] | None = None
+    graph_bits: bool = True
+    pdl: bool = False
+    refuses: Callable[[str, Case[Any], Device], str | None] = _takes_all
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """WHO computes it.
@@ -194,6 +244,7 @@ class Kernel:
     and ``min_sm`` say what must be there at all. ``deterministic`` is a promise of equal bits for equal inputs.
     ``inexact``: relations that this promise does not cover, each with the reason why bits may differ.
     ``specialisation(case)`` names what is compiled at first use, so that a compiler's minutes are not taken for a hang.
+    ``contract``: what may be done around its launch.
 
     Raises ValueError for an inexact relation that the operator does not have.
     """
@@ -211,6 +262,7 @@ class Kernel:
     deterministic: bool = True
     inexact: Mapping[str, str] = field(default_factory=dict)
     specialisation: Callable[[Case[Any]], str] = _one_specialisation
+    contract: LaunchContract = field(default_factory=LaunchContract)
 
     def __post_init__(self) -> None:
         for name in self.inexact:

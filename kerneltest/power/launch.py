@@ -52,7 +52,8 @@ def rejecting(kernel: Kernel, case: Case[Any]) -> list[str]:
         name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in materials.outputs.items()
     }
 
-    def workspace(nbytes: int) -> torch.Tensor:
+    def workspace(nbytes: int, *, zeroed: bool = False) -> torch.Tensor:
+        del zeroed  # it is, always
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     call = Call(case=case, device=device, inputs=inputs, outputs=outputs, workspace=workspace)

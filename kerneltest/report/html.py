@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kerneltest.model import Conclusion, Device, RunRecord
+from kerneltest.model import Conclusion, Device, KernelRecord, RunRecord
 
 TEMPLATE = "report.html.jinja"
+# What stands for the ends of a sequence in a pair of step kinds.
+BEGIN, LAUNCH = "begin", "launch"
 
 
 def html(run: RunRecord) -> str:
@@ -40,18 +43,25 @@ def html(run: RunRecord) -> str:
         devices=_devices(run),
         libraries=_libraries(run),
         energies=_energies(run),
+        pairs=_pairs(run),
+        kinds=_kinds(run),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Totals:
-    """The counts of the header. The same case of the same kernel counts once, also if two items ran it."""
+    """The counts of the header. The same case of the same kernel counts once, also if two items ran it.
 
+    ``noun``: what has a verdict. Once some were hunted in company, a kernel can have two.
+    """
+
+    noun: str
     green: int
     red: int
     unchecked: int
     broken: int
     cases: int
+    sequences: int
     launches: int
     unsupported: int
 
@@ -75,6 +85,25 @@ class _EnergyRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Matrix:
+    """How often each pair was tried: ``rows`` come first, ``columns`` second."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    @property
+    def tried(self) -> int:
+        return sum(count > 0 for _, counts in self.rows for count in counts)
+
+    @property
+    def possible(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Headline:
     """The verdict on the whole run: a word, the style that goes with it, and why in a sentence."""
 
@@ -86,23 +115,64 @@ class _Headline:
 def _totals(run: RunRecord) -> _Totals:
     verdicts = [kernel.verdict for kernel in run.kernels]
     return _Totals(
+        noun="hunt" if any(kernel.hunt == "sequences" for kernel in run.kernels) else "kernel",
         green=verdicts.count(Conclusion.GREEN),
         red=verdicts.count(Conclusion.RED),
         unchecked=verdicts.count(Conclusion.UNCHECKED),
         broken=len(run.unchecked),
-        cases=len({(kernel.suite, kernel.name, case.id) for kernel in run.kernels for case in kernel.cases}),
+        cases=_distinct(kernel for kernel in run.kernels if kernel.hunt == "cases"),
+        sequences=_distinct(_in_company(run)),
         launches=sum(kernel.launches for kernel in run.kernels),
         unsupported=sum(sum(kernel.unsupported.values()) for kernel in run.kernels),
     )
 
 
+def _distinct(kernels: Iterable[KernelRecord]) -> int:
+    return len({(kernel.suite, kernel.name, case.id) for kernel in kernels for case in kernel.cases})
+
+
+def _in_company(run: RunRecord) -> list[KernelRecord]:
+    """The hunts of sequences that played any."""
+    return [kernel for kernel in run.kernels if kernel.hunt == "sequences" and kernel.cases]
+
+
 def _energies(run: RunRecord) -> _Energies:
     rows = tuple(
-        _EnergyRow(kernel=kernel.name, output=output, energy=energy)
+        _EnergyRow(kernel=kernel.title, output=output, energy=energy)
         for kernel in run.kernels
         for output, energy in kernel.energy.items()
     )
     return _Energies(inputs=tuple(sorted({inputs for row in rows for inputs in row.energy})), rows=rows)
+
+
+def _pairs(run: RunRecord) -> _Matrix:
+    """Which launch was the last one before which kernel."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for kernel in _in_company(run):
+        counts.update({(before, kernel.name): count for before, count in kernel.before.items()})
+    return _matrix(
+        rows=sorted({before for before, _ in counts}),
+        columns=sorted({kernel.name for kernel in _in_company(run)}),
+        counts=counts,
+    )
+
+
+def _kinds(run: RunRecord) -> _Matrix:
+    """Which kind of step stood before which, over all kernels. A kind seen in one place is one to try in the other."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for kernel in _in_company(run):
+        for pair, count in kernel.kinds.items():
+            first, _, second = pair.partition(" > ")
+            counts[first, second] += count
+    names = sorted({name for pair in counts for name in pair} - {BEGIN, LAUNCH})
+    return _matrix(rows=[BEGIN, *names], columns=[*names, LAUNCH], counts=counts) if counts else _matrix([], [], counts)
+
+
+def _matrix(rows: Sequence[str], columns: Sequence[str], counts: Mapping[tuple[str, str], int]) -> _Matrix:
+    return _Matrix(
+        columns=tuple(columns),
+        rows=tuple((row, tuple(counts.get((row, column), 0) for column in columns)) for row in rows),
+    )
 
 
 def _headline(run: RunRecord) -> _Headline:
@@ -111,19 +181,20 @@ def _headline(run: RunRecord) -> _Headline:
     ran = totals.green + totals.red
     parts = []
     if totals.red:
-        parts.append(f"{totals.red} of {_many(ran, 'kernel')} that ran failed")
+        parts.append(f"{totals.red} of {_many(ran, totals.noun)} that ran failed")
     if totals.broken:
         parts.append(f"{_many(totals.broken, 'item')} broke before a verdict")
     if totals.red or totals.broken:
         word, style = "RED", "red"
     elif totals.green:
         word, style = "GREEN", "green"
-        parts.append("the kernel that ran is green" if ran == 1 else f"all {ran} kernels that ran are green")
+        noun = totals.noun
+        parts.append(f"the {noun} that ran is green" if ran == 1 else f"all {ran} {noun}s that ran are green")
     else:
         word, style = "NOTHING CHECKED", "unchecked"
         parts.append("no kernel ran, so there is no verdict on any")
     if totals.unchecked:
-        parts.append(f"{_many(totals.unchecked, 'kernel')} {'was' if totals.unchecked == 1 else 'were'} not checked")
+        parts.append(f"{_many(totals.unchecked, totals.noun)} {'was' if totals.unchecked == 1 else 'were'} not checked")
     sentence = "; ".join(parts)
     return _Headline(word=word, style=style, why=f"{sentence[0].upper()}{sentence[1:]}.")
 

@@ -87,17 +87,29 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
+def _of_cases(kernel: KernelRecord) -> str:
+    used = ", ".join(f"{output} {share:.2f}" for output, share in kernel.used.items()) or "-"
+    slack = f" of a budget widened by slack {kernel.slack:g}" if kernel.slack > 1 else ""
+    return f"budget used {used}{slack}"
+
+
+def _of_sequences(kernel: KernelRecord) -> str:
+    """From how many places in the pair matrix the kernel was seen, and whether its bits repeat."""
+    repeats, differing = kernel.repeated
+    repeated = f", {repeats} repeated launches, {differing} differ" if repeats else ""
+    return f"after {len(kernel.before)} different launches{repeated}"
+
+
 def _lines(run: RunRecord) -> list[str]:
     lines = []
     for kernel in run.kernels:
         if kernel.verdict is Conclusion.UNCHECKED:
             continue  # has a line of its own below, with the reason
-        used = ", ".join(f"{output} {share:.2f}" for output, share in kernel.used.items()) or "-"
-        slack = f" of a budget widened by slack {kernel.slack:g}" if kernel.slack > 1 else ""
         refused = sum(kernel.unsupported.values())
+        what = _of_cases(kernel) if kernel.hunt == "cases" else _of_sequences(kernel)
         lines.append(
-            f"{kernel.verdict.value:9} {kernel.name}: {len(kernel.cases)} cases, {refused} unsupported, "
-            f"budget used {used}{slack}, {kernel.seconds:.1f} s"
+            f"{kernel.verdict.value:9} {kernel.title}: {len(kernel.cases)} {kernel.hunt}, {refused} unsupported, "
+            f"{what}, {kernel.seconds:.1f} s"
         )
     for place in run.coverage:
         if place.share is not None:

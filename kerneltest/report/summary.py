@@ -28,11 +28,13 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
         "libraries": run.libraries,
         "coverage": encode(run.coverage),
         "seconds": round(run.seconds, 3),
-        "cases": sum(len(kernel.cases) for kernel in run.kernels),
+        "cases": _ran(run, "cases"),
+        "sequences": _ran(run, "sequences"),
         "kernels": [
             {
                 "name": kernel.name,
                 "suite": kernel.suite,
+                "hunt": kernel.hunt,
                 "cases": len(kernel.cases),
                 "unsupported": sum(kernel.unsupported.values()),
                 "launches": kernel.launches,
@@ -43,6 +45,9 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
                     output: {inputs: round(value, 4) for inputs, value in by_inputs.items()}
                     for output, by_inputs in kernel.energy.items()
                 },
+                "before": dict(sorted(kernel.before.items())),
+                "kinds": dict(sorted(kernel.kinds.items())),
+                "repeated": list(kernel.repeated),
                 "verdict": kernel.verdict.value,
                 "seconds": round(kernel.seconds, 3),
             }
@@ -54,6 +59,7 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
                 "kind": failure.kind,
                 "culprit": failure.culprit,
                 "what": failure.what,
+                "steps": encode(failure.steps),
                 "case": failure.case,
                 "fixture": failure.fixture,
                 "replay": failure.replay,
@@ -65,3 +71,7 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
         ],
         "unchecked": encode(run.everything_unchecked),
     }
+
+
+def _ran(run: RunRecord, hunt: str) -> int:
+    return sum(len(kernel.cases) for kernel in run.kernels if kernel.hunt == hunt)

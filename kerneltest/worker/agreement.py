@@ -7,7 +7,8 @@ import torch
 from kerneltest.model import ErrorBudget, Finding, Unsupported
 from kerneltest.model.numerics import TYPICAL_ROUNDING, WORST_ROUNDING
 from kerneltest.oracle.rounding import Z, half_ulp
-from kerneltest.worker.execution import Execution, KernelRaised
+from kerneltest.worker.execution import Execution
+from kerneltest.worker.staging import KernelRaised
 
 
 def agrees_with_its_peer(execution: Execution) -> Finding | None:

@@ -8,27 +8,35 @@ from dataclasses import replace
 import torch
 
 from kerneltest.model import Finding, Pattern, Place
-from kerneltest.oracle.rounding import interval
 from kerneltest.oracle.verdict import Tier, Verdict
 from kerneltest.worker.agreement import agrees_with_its_peer
-from kerneltest.worker.execution import Execution, Observation
-from kerneltest.worker.poison import as_bits, holds
+from kerneltest.worker.differences import (
+    count,
+    difference,
+    finding,
+    first,
+    locate,
+    out_of_bounds,
+    share,
+    two_values,
+    unstable,
+)
+from kerneltest.worker.execution import Execution
+from kerneltest.worker.poison import holds
 from kerneltest.worker.relations import relation_holds
-
-# How often a pair of launches is repeated before its difference is blamed on a poison.
-REPEATS = 3
+from kerneltest.worker.staging import Observation
 
 
 def first_finding(execution: Execution) -> Finding | None:
     """The first thing that any check finds wrong, or None."""
-    finding = next((finding for check in CHECKS if (finding := check(execution))), None)
-    return finding and _explained(execution, finding)
+    found = next((found for check in CHECKS if (found := check(execution))), None)
+    return found and explained(execution, found)
 
 
 def outputs_have_the_right_form(execution: Execution) -> Finding | None:
     for seen in execution.observations:
         if seen.problem:
-            return _finding(execution, "WrongOutput", key="form", what=seen.problem)
+            return finding(execution, "WrongOutput", key="form", what=seen.problem)
     return None
 
 
@@ -36,7 +44,15 @@ def inputs_are_intact(execution: Execution) -> Finding | None:
     for seen in execution.observations:
         if seen.mutated:
             names = ", ".join(seen.mutated)
-            return _finding(execution, "InputMutated", key=names, what=f"the launch changed its input {names}")
+            return finding(execution, "InputMutated", key=names, what=f"the launch changed its input {names}")
+    return None
+
+
+def buffers_keep_their_bounds(execution: Execution) -> Finding | None:
+    """No red zone around a buffer was written to."""
+    for seen in execution.observations:
+        if seen.damage:
+            return out_of_bounds(execution, seen.damage)
     return None
 
 
@@ -52,15 +68,15 @@ def outputs_are_written(execution: Execution) -> Finding | None:
         for place in (Place.OUTPUTS, Place.ALLOCATOR_POOL):
             alone = execution.observe({**observations[-1].plan, place: observations[0].plan[place]})
             if alone.problem:
-                return _finding(execution, "WrongOutput", key="form", what=alone.problem)
+                return finding(execution, "WrongOutput", key="form", what=alone.problem)
             still = kept & holds(alone.outputs[name], observations[0].plan[place])
             if bool(still.any()):
-                return _finding(
+                return finding(
                     execution,
                     "Unwritten",
                     key=name,
-                    what=f"{name}: {_share(still)} were not written",
-                    details=(f"first at {_locate(execution, name, _first(still))}",),
+                    what=f"{name}: {share(still)} were not written",
+                    details=(f"first at {locate(execution, name, first(still))}",),
                     culprit=place.value,
                 )
     return None
@@ -70,11 +86,11 @@ def answer_is_independent_of_poison(execution: Execution) -> Finding | None:
     """Two poisons, one answer: needs no reference and no tolerance, so finite stale data shows as well."""
     benign = execution.observations[-1]
     for seen in execution.observations[:-1]:
-        name, differs = _difference(execution, seen, benign)
+        name, differs = difference(execution, seen, benign)
         if name is None or differs is None:
             continue
-        if execution.kernel.deterministic and (unstable := _unstable(execution, seen, benign)):
-            return unstable
+        if execution.kernel.deterministic and (moving := unstable(execution, seen, benign)):
+            return moving
         culprits = _culprits(execution, seen, benign)
         return _depends_on(execution, name, differs, seen, benign, culprits)
     return None
@@ -82,45 +98,45 @@ def answer_is_independent_of_poison(execution: Execution) -> Finding | None:
 
 def outputs_lie_within_budget(execution: Execution) -> Finding | None:
     """All tiers of the oracle, against the float64 reference."""
-    rejected = (_rejected(execution, name, verdict) for name, verdict in execution.verdicts.items())
-    return next(filter(None, rejected), None)
+    findings = (rejected(execution, name, verdict) for name, verdict in execution.verdicts.items())
+    return next(filter(None, findings), None)
 
 
-def _rejected(execution: Execution, name: str, verdict: Verdict) -> Finding | None:
+def rejected(execution: Execution, name: str, verdict: Verdict) -> Finding | None:
     seen, where = verdict.comparison, ""
     if verdict.failed is Tier.FINITE:
         assert seen.first is not None
-        return _finding(
+        return finding(
             execution,
             "NonFinite",
             key=name,
-            what=f"{name}: {_count(seen.nonfinite, seen.total)} differ from the reference in being finite",
+            what=f"{name}: {count(seen.nonfinite, seen.total)} differ from the reference in being finite",
             details=(
-                f"first at {_locate(execution, name, seen.first)}: got {seen.actual:g}, reference {seen.expected:.6g}",
+                f"first at {locate(execution, name, seen.first)}: got {seen.actual:g}, reference {seen.expected:.6g}",
             ),
         )
     if verdict.failed is None:
         return None
     assert seen.worst is not None
     worst = (
-        f"worst at {_locate(execution, name, seen.worst)}: got {seen.actual:.9g}, reference {seen.expected:.9g}, "
+        f"worst at {locate(execution, name, seen.worst)}: got {seen.actual:.9g}, reference {seen.expected:.9g}, "
         f"|error| {abs(seen.actual - seen.expected):.3g}, bound {seen.bound:.3g} "
         f"({seen.used:.3g} times what is allowed, rounding included)"
     )
     if verdict.failed is Tier.HARD:
         assert seen.first is not None
-        return _finding(
+        return finding(
             execution,
             "Mismatch",
             key=name,
-            what=f"{name}: {_count(seen.outside, seen.total)} lie outside their error budget",
-            details=(f"first at {_locate(execution, name, seen.first)}", worst),
+            what=f"{name}: {count(seen.outside, seen.total)} lie outside their error budget",
+            details=(f"first at {locate(execution, name, seen.first)}", worst),
         )
     if verdict.where:
         # A row or a token has fewer indices than an element: the words of its first element are those of both.
-        first = (*verdict.where, *(0,) * (execution.budgets[name].ref.dim() - len(verdict.where)))
-        where = f", most at {_locate(execution, name, first)}"
-    return _finding(
+        index = (*verdict.where, *(0,) * (execution.budgets[name].ref.dim() - len(verdict.where)))
+        where = f", most at {locate(execution, name, index)}"
+    return finding(
         execution,
         "Mismatch",
         key=f"{name}, {verdict.failed.name.lower()}",
@@ -138,6 +154,7 @@ def _rejected(execution: Execution, name: str, verdict: Verdict) -> Finding | No
 CHECKS: tuple[Callable[[Execution], Finding | None], ...] = (
     outputs_have_the_right_form,
     inputs_are_intact,
+    buffers_keep_their_bounds,
     outputs_are_written,
     answer_is_independent_of_poison,
     outputs_lie_within_budget,
@@ -146,51 +163,12 @@ CHECKS: tuple[Callable[[Execution], Finding | None], ...] = (
 )
 
 
-def _difference(
-    execution: Execution, one: Observation, other: Observation
-) -> tuple[str, torch.Tensor] | tuple[None, None]:
-    """The first output whose bits differ, and where. Two NaNs are equal, whatever their payload."""
-    for name, a in one.outputs.items():
-        b = other.outputs.get(name)
-        if b is None:  # a launch whose outputs had the wrong form has none
-            continue
-        differs = (as_bits(a) != as_bits(b)) & ~(a.isnan() & b.isnan())
-        if not execution.kernel.deterministic and name in execution.budgets:
-            # Without a promise of equal bits, only leaving the budget under one of the poisons counts.
-            differs &= _outside(execution, name, a) ^ _outside(execution, name, b)
-        if bool(differs.any()):
-            return name, differs
-    return None, None
-
-
-def _outside(execution: Execution, name: str, value: torch.Tensor) -> torch.Tensor:
-    low, high = (bound.cpu() for bound in interval(execution.budgets[name]))
-    return ~((low <= value.double()) & (value.double() <= high))
-
-
-def _unstable(execution: Execution, *observations: Observation) -> Finding | None:
-    """Before anything is blamed on a poison: do identical launches agree?"""
-    for _ in range(REPEATS):
-        for before in observations:
-            again = execution.observe(before.plan)
-            name, moved = _difference(execution, again, before)
-            if name is not None and moved is not None:
-                return _finding(
-                    execution,
-                    "Nondeterministic",
-                    key=name,
-                    what=f"{name}: {_share(moved)} differ between two identical launches",
-                    details=(_two_values(execution, name, _first(moved), again, before),),
-                )
-    return None
-
-
 def _culprits(execution: Execution, seen: Observation, benign: Observation) -> list[Place]:
     """The places that change the answer all by themselves; if none does, all of them together."""
     alone = []
     for place in execution.places:
         launched = execution.observe({**benign.plan, place: seen.plan[place]})
-        if _difference(execution, launched, benign)[0] is not None:
+        if difference(execution, launched, benign)[0] is not None:
             alone.append(place)
     return alone
 
@@ -203,77 +181,35 @@ def _depends_on(
     benign: Observation,
     culprits: list[Place],
 ) -> Finding:
-    first = _first(differs)
+    index = first(differs)
     culprit = " and ".join(place.value for place in culprits) or "several places together"
     patterns = f"{_fill(seen).value} and {_fill(benign).value}"
     dead_input = bool(culprits) and all(place.in_inputs for place in culprits)
     finite = bool(seen.outputs[name][differs].isfinite().all())
-    return _finding(
+    return finding(
         execution,
         # Garbage in the dead part of an input is the caller's right: what comes of it is judged as an answer.
         # Any other place is hidden state, and to depend on it at all is the bug.
         "NonFinite" if dead_input and not finite else "StaleState",
         key=culprit,
-        what=f"{name}: {_share(differs)} depend on what the {culprit} held before the launch",
+        what=f"{name}: {share(differs)} depend on what the {culprit} held before the launch",
         details=(
             f"the same inputs were run with {patterns} in the {culprit}",
-            _two_values(execution, name, first, seen, benign),
+            two_values(execution, name, index, seen, benign),
         ),
         culprit=culprit,
     )
 
 
-def _two_values(execution: Execution, name: str, index: tuple[int, ...], one: Observation, other: Observation) -> str:
-    a, b = float(one.outputs[name][index]), float(other.outputs[name][index])
-    return f"first at {_locate(execution, name, index)}: {a:.9g} in one launch, {b:.9g} in the other"
-
-
-def _explained(execution: Execution, finding: Finding) -> Finding:
+def explained(execution: Execution, found: Finding) -> Finding:
     """A finding of wrong values with what the operator can say of their cause, from the first launch that tells."""
-    if finding.kind not in ("Mismatch", "NonFinite", "StaleState"):
-        return finding
+    if found.kind not in ("Mismatch", "NonFinite", "StaleState"):
+        return found
     explain, inputs = execution.kernel.operator.explain, execution.materials.inputs
     causes = (explain(execution.case, inputs, seen.outputs) for seen in execution.observations)
     cause = next(filter(None, causes), None)
-    return replace(finding, details=(*finding.details, cause)) if cause else finding
-
-
-def _finding(
-    execution: Execution,
-    kind: str,
-    *,
-    key: str,
-    what: str,
-    details: tuple[str, ...] = (),
-    culprit: str | None = None,
-    by_chance: bool = False,
-) -> Finding:
-    return Finding(
-        kind=kind,
-        kernel=execution.kernel.name,
-        key=key,
-        what=what,
-        details=details,
-        culprit=culprit,
-        by_chance=by_chance,
-    )
+    return replace(found, details=(*found.details, cause)) if cause else found
 
 
 def _fill(seen: Observation) -> Pattern:
     return seen.plan[Place.OUTPUTS]
-
-
-def _first(mask: torch.Tensor) -> tuple[int, ...]:
-    return tuple(int(i) for i in mask.nonzero()[0])
-
-
-def _share(mask: torch.Tensor) -> str:
-    return _count(int(mask.sum()), mask.numel())
-
-
-def _count(count: int, total: int) -> str:
-    return f"{count} of {total} elements ({100 * count / total:.3g} %)"
-
-
-def _locate(execution: Execution, name: str, index: tuple[int, ...]) -> str:
-    return execution.kernel.operator.locate(execution.case, name, index)

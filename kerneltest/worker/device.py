@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -47,6 +51,55 @@ def synchronize(device: Device) -> None:
 def stream(device: Device) -> int:
     """The raw handle of the stream that torch launches on."""
     return int(torch.cuda.current_stream(device.ordinal).cuda_stream)
+
+
+def new_stream(device: Device) -> torch.cuda.Stream:
+    """A stream beside torch's current one."""
+    return torch.cuda.Stream(device.ordinal)  # type: ignore[no-untyped-call]
+
+
+def stream_at(handle: int, device: Device) -> torch.cuda.Stream:
+    """The view that torch has of a stream that somebody else made."""
+    return torch.cuda.ExternalStream(handle, device=device.torch_name)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def on_stream(device: Device, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is launched meanwhile goes to ``stream``, after what was launched before; what comes later waits for it."""
+    default = torch.cuda.current_stream(device.ordinal)
+    stream.wait_stream(default)
+    with torch.cuda.stream(stream):
+        yield
+    default.wait_stream(stream)
+
+
+def beside_on(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+    """What is launched meanwhile goes to ``stream``, whatever other streams do."""
+    return torch.cuda.stream(stream)
+
+
+def capture(device: Device, launch: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of a launch, and what the launch returned. The launch itself has not run."""
+    graph, stream = torch.cuda.CUDAGraph(), new_stream(device)
+    synchronize(device)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            returned = launch()
+        except BaseException:
+            with suppress(RuntimeError):  # the launch's own error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph, returned
+
+
+def empty_cache(device: Device) -> None:
+    """Give free memory back to the driver, or to the operating system."""
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def context_is_lost(device: Device) -> bool:

@@ -9,31 +9,32 @@ from typing import Any
 from kerneltest.model import Case, Device, Finding, Kernel, Outcome, Status, Unsupported
 from kerneltest.worker import device as devices
 from kerneltest.worker.checks import first_finding
-from kerneltest.worker.execution import Execution, KernelRaised
-from kerneltest.worker.poison import Poisoner
+from kerneltest.worker.execution import Execution
+from kerneltest.worker.rig import Rig
+from kerneltest.worker.staging import KernelRaised
 
 # The last lines of a traceback that a report shows: enough to see the call into the library.
 TRACEBACK_FRAMES = 4
 
 
-def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner, peer: Kernel | None = None) -> Outcome:
+def execute(kernel: Kernel, case: Case[Any], rig: Rig, peer: Kernel | None = None) -> Outcome:
     """Run and judge one case, beside ``peer`` if there is one.
 
     Whatever the kernel does wrong is a finding; this raises only for our own mistakes.
     """
-    start = time.perf_counter()
+    start, device = time.perf_counter(), rig.device
     try:
         if reason := kernel.unsupported(case, device):
             return Outcome(status=Status.UNSUPPORTED, reason=reason)
     except Exception as error:
-        return _raised(kernel, error, device, 0, time.perf_counter() - start)
+        return raised_by(kernel, error, device, 0, time.perf_counter() - start)
     try:
         numerics = kernel.numerics(case, device)  # wanted much later, but without it nothing can be judged
     except Exception as error:
         what = str(error).strip() or type(error).__name__
         bad = Finding(kind="BadNumerics", kernel=kernel.name, key="", what=what, details=tuple(_frames(error)))
         return Outcome(status=Status.FAILED, finding=bad)
-    execution = Execution(kernel, case, device, poisoner, peer=peer)
+    execution = Execution(kernel, case, rig, peer=peer)
     try:
         for pattern in execution.strategy.patterns:
             execution.observations.append(execution.observe(execution.uniform(pattern)))
@@ -41,7 +42,7 @@ def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner,
     except Unsupported as error:
         return Outcome(status=Status.UNSUPPORTED, reason=str(error))
     except KernelRaised as raised:
-        return _raised(kernel, raised.error, device, execution.launches, time.perf_counter() - start)
+        return raised_by(kernel, raised.error, device, execution.launches, time.perf_counter() - start)
     verdicts = {} if finding else execution.verdicts
     return Outcome(
         status=Status.FAILED if finding else Status.PASSED,
@@ -58,7 +59,8 @@ def execute(kernel: Kernel, case: Case[Any], device: Device, poisoner: Poisoner,
     )
 
 
-def _raised(kernel: Kernel, error: Exception, device: Device, launches: int, seconds: float) -> Outcome:
+def raised_by(kernel: Kernel, error: Exception, device: Device, launches: int, seconds: float) -> Outcome:
+    """The outcome of a case whose kernel raised, or lost the device."""
     lost = devices.context_is_lost(device)
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     finding = Finding(

@@ -7,15 +7,16 @@ a hostile word first takes the luck away; reading the cells back measures how ma
 from __future__ import annotations
 
 import ctypes
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kerneltest.worker.driver import Driver, compile_source
 
 if TYPE_CHECKING:
     import torch
 
-    _Argument = ctypes._SimpleCData[int]
+    from kerneltest.worker.driver import Argument
+
+_compile = compile_source  # where its test looks for it
 
 _SHARED_THREADS = 1024
 # 256 threads of up to 255 registers (allocated as 256) take the whole register file of one SM: 65536 words.
@@ -95,21 +96,6 @@ read_registers(const volatile unsigned *source, volatile unsigned *out)
 """
 
 
-def _compile(source: str, arch: str) -> bytes:
-    """Compile CUDA C++ for `arch` ("sm_90") to a cubin.
-
-    Raises RuntimeError, with the compiler's log, when compilation fails.
-    """
-    core: Any = importlib.import_module("cuda.core")
-    if not hasattr(core, "Program"):  # older releases have it in the experimental namespace only
-        core = importlib.import_module("cuda.core.experimental")
-    try:
-        program = core.Program(source, code_type="c++", options=core.ProgramOptions(arch=arch))
-        return bytes(program.compile("cubin").code)
-    except Exception as error:  # its class differs between releases; its text holds the log
-        raise RuntimeError(f"NVRTC could not compile the on-chip kernels for {arch}:\n{error}") from error
-
-
 class OnChip:
     """Poison for the state inside the chip: shared memory and registers of every SM of one CUDA device.
 
@@ -117,7 +103,7 @@ class OnChip:
     cudaStream_t handle of the device, 0 for the default stream. A failing driver call raises RuntimeError.
     """
 
-    __slots__ = ("_context", "_driver", "_kernels", "_ordinal", "shared_bytes", "sm_count")
+    __slots__ = ("_driver", "_kernels", "_ordinal", "shared_bytes", "sm_count")
 
     sm_count: int
     shared_bytes: int  # the most that one block can have, by opt-in (232448 on H100)
@@ -127,29 +113,12 @@ class OnChip:
 
         Raises RuntimeError when compilation or a driver call fails, ImportError without cuda.core.
         """
-        self._driver: Any = importlib.import_module("cuda.bindings.driver")
+        self._driver = Driver(ordinal)
         self._ordinal = ordinal
-        self._call("cuInit", 0)
-        device = self._call("cuDeviceGet", ordinal)
-
-        def attribute(name: str) -> int:
-            key = getattr(self._driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-            return int(self._call("cuDeviceGetAttribute", key, device))
-
-        self.sm_count = attribute("MULTIPROCESSOR_COUNT")
-        self.shared_bytes = attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        major, minor = attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")
-        cubin = _compile(_DEFINES + _SOURCE, f"sm_{major}{minor}")
-        self._context: Any = self._call("cuDevicePrimaryCtxRetain", device)
-        self._kernels: dict[str, Any] = {}
-        opt_in = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        with self._current():
-            module = self._call("cuModuleLoadData", cubin)
-            for name in ("fill_shared", "read_shared", "fill_registers", "read_registers"):
-                kernel = self._call("cuModuleGetFunction", module, name.encode())
-                # Needed above 48 KiB. It also loads the code now, and not between fill and read-back.
-                self._call("cuFuncSetAttribute", kernel, opt_in, self.shared_bytes)
-                self._kernels[name] = kernel
+        self.sm_count = self._driver.attribute("MULTIPROCESSOR_COUNT")
+        self.shared_bytes = self._driver.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        names = ("fill_shared", "read_shared", "fill_registers", "read_registers")
+        self._kernels = self._driver.load(_DEFINES + _SOURCE, names, self.shared_bytes)
 
     def fill_shared(self, word: int, stream: int) -> None:
         """Write `word` to all shared memory a block can have, on every SM. Asynchronous.
@@ -202,7 +171,7 @@ class OnChip:
         words = self.shared_bytes // 4
         values = (_uint32(word), ctypes.c_uint32(words), ctypes.c_uint64(records.data_ptr()))
         self._launch("read_shared", len(records), _SHARED_THREADS, self.shared_bytes, stream, values)
-        self._synchronize(stream)
+        self._driver.synchronize(stream)
         matched: dict[int, int] = {}
         for sm, count in records.tolist():
             matched[sm] = min(count, matched.get(sm, count))  # of several visits to an SM, the worst
@@ -215,7 +184,7 @@ class OnChip:
         """
         pointers = (ctypes.c_uint64(0), ctypes.c_uint64(values.data_ptr()))
         self._launch("read_registers", len(values), _REGISTER_THREADS, 0, stream, pointers)
-        self._synchronize(stream)
+        self._driver.synchronize(stream)
         signed = ctypes.c_int32(_uint32(word).value).value
         return int((values == signed).sum()) / values.numel()
 
@@ -232,33 +201,9 @@ class OnChip:
         return tensor
 
     def _launch(
-        self, name: str, blocks: int, threads: int, shared: int, stream: int, values: tuple[_Argument, ...]
+        self, name: str, blocks: int, threads: int, shared: int, stream: int, values: tuple[Argument, ...]
     ) -> None:
-        """Launch kernel `name` with the arguments `values`; `shared` is dynamic shared memory in bytes."""
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        shape = (blocks, 1, 1, threads, 1, 1, shared)
-        with self._current():
-            self._call("cuLaunchKernel", self._kernels[name], *shape, stream, ctypes.addressof(pointers), 0)
-
-    def _synchronize(self, stream: int) -> None:
-        with self._current():
-            self._call("cuStreamSynchronize", stream)
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Make the primary context current: stream 0 is the default stream of the current context."""
-        self._call("cuCtxPushCurrent", self._context)
-        try:
-            yield
-        finally:
-            self._call("cuCtxPopCurrent")
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """Call a driver function and return its value; raise RuntimeError when it reports an error."""
-        error, *values = getattr(self._driver, name)(*arguments)
-        if int(error) != 0:
-            raise RuntimeError(f"{name} failed: {error.name}")
-        return values[0] if values else None
+        self._driver.launch(self._kernels[name], blocks, threads, shared, stream, values)
 
 
 def _uint32(word: int) -> ctypes.c_uint32:

@@ -30,9 +30,17 @@ def fill(tensor: torch.Tensor, pattern: Pattern) -> None:
 
 
 def fill_bytes(tensor: torch.Tensor, pattern: Pattern) -> None:
-    """Fill a tensor of any dtype with the pattern's bytes. Its bits, not its value: a NaN keeps its payload."""
+    """Fill a tensor of any dtype with the pattern's bytes. Its bits, not its value: a NaN keeps its payload.
+
+    Random bytes are the same ones for tensors of one size.
+    """
     bits = as_bits(tensor)
-    bits.fill_(_signed(pattern.word, tensor.element_size()))
+    if pattern is Pattern.RANDOM:
+        limits = torch.iinfo(bits.dtype)
+        random = torch.Generator(tensor.device).manual_seed(tensor.numel())
+        bits.random_(limits.min, limits.max, generator=random)
+    else:
+        bits.fill_(_signed(pattern.word, tensor.element_size()))
 
 
 def holds(tensor: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -96,6 +104,12 @@ class Poisoner:
             stream = devices.stream(self.device)
             self._chip.fill_registers(plan[Place.REGISTERS].word, stream)
             self._chip.fill_shared(plan[Place.SHARED_MEMORY].word, stream)
+
+    def fill_chip(self, place: Place, pattern: Pattern) -> None:
+        """Fill shared memory or registers alone, as far as that goes: each passes through some of the other."""
+        if self._chip is not None:
+            fill = self._chip.fill_shared if place is Place.SHARED_MEMORY else self._chip.fill_registers
+            fill(pattern.word, devices.stream(self.device))
 
     def prove(self) -> tuple[Coverage, ...]:
         """Fill each hidden place with NaN and read it back."""

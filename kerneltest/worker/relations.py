@@ -8,7 +8,8 @@ import torch
 
 from kerneltest.model import Bounded, Finding, Inapplicable, Relation, Unsupported, Variant
 from kerneltest.oracle.rounding import half_ulp
-from kerneltest.worker.execution import Execution, Observation
+from kerneltest.worker.execution import Execution
+from kerneltest.worker.staging import Observation
 
 
 class _Malformed(Exception):

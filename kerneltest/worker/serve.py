@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kerneltest import discovery
-from kerneltest.model import Case, Device, Kernel, Outcome, Run, Start, Started, decode, encode
+from kerneltest.model import Case, Device, Kernel, LaunchSequence, Outcome, Run, Start, Started, decode, encode
 
 
 class Worker:
@@ -29,15 +30,18 @@ class Worker:
             # Must be set before Triton is imported: on a CPU its kernels run in its interpreter.
             os.environ["TRITON_INTERPRET"] = "1"
         from kerneltest.worker.device import NoDevice, open_device
-        from kerneltest.worker.poison import Poisoner
+        from kerneltest.worker.feasible import impossible_steps
+        from kerneltest.worker.rig import Rig
+        from kerneltest.worker.torch_ops import OPS
 
         discovery.use_roots([Path(root) for root in start.suite_roots])
         try:
             device = open_device(start.device)
         except NoDevice as error:
             return Started(device=None, error=str(error))
-        self._poisoner = Poisoner(device)
-        coverage = self._poisoner.prove()
+        self._rig = Rig(device)
+        coverage = self._rig.poisoner.prove()
+        self._rig.impossible = impossible_steps(self._rig)
         libraries: dict[str, str] = {}
         missing: dict[str, str] = {}
         for name in dict.fromkeys(("torch", *start.libraries)):
@@ -46,16 +50,36 @@ class Worker:
             except Exception as error:  # a broken installation may raise anything; the run says what
                 missing[name] = f"{type(error).__name__}: {error}"
         self._device = device
-        return Started(device=device, libraries=libraries, missing=missing, coverage=coverage)
+        return Started(
+            device=device,
+            libraries=libraries,
+            missing=missing,
+            coverage=coverage,
+            no_steps=self._rig.impossible,
+            no_guards=self._rig.memory.guards,
+            torch_ops=tuple(OPS),
+        )
 
     def _run(self, run: Run) -> Outcome:
-        from kerneltest.worker.execute import execute
+        self._rig.memory.only = run.guarded
+        self._rig.memory.labels.clear()
+        outcome = self._execute(run)
+        return replace(outcome, buffers=tuple(self._rig.memory.labels))
 
-        assert self._device is not None
+    def _execute(self, run: Run) -> Outcome:
+        from kerneltest.worker.execute import execute
+        from kerneltest.worker.play import play, play_alone
+
         kernel = self._kernel(run.source, run.kernel)
         case: Case[Any] = Case.from_json(run.case, kernel.operator.axes)
-        peer = self._kernel(*run.peer) if run.peer else None
-        return execute(kernel, case, self._device, self._poisoner, peer)
+        if run.sequence is None:
+            peer = self._kernel(*run.peer) if run.peer else None
+            return execute(kernel, case, self._rig, peer)
+        kernels = {name: self._kernel(source, name) for name, source in run.neighbours.items()}
+        sequence = LaunchSequence.from_json(case, run.sequence, lambda name: kernels[name].operator.axes)
+        if run.alone:
+            return play_alone(kernel, sequence, self._rig)
+        return play(kernel, sequence, self._rig, kernels, run.fresh)
 
     def _kernel(self, source: str, name: str) -> Kernel:
         if (source, name) not in self._kernels:

@@ -161,6 +161,7 @@ def paged_prefill(
     sm_scale: float,
     block_m: int | None = None,
     block_n: int | None = None,
+    max_qo_len: int | None = None,
 ) -> None:
     """Attention of a batch of ragged queries over a paged KV cache; fills ``out`` and ``lse``.
 
@@ -176,7 +177,8 @@ def paged_prefill(
     head_dim (16 or more) and page_size are powers of two; q_heads is any multiple of kv_heads.  Causal: query
     i of a request sees keys j <= i + kv_len - qo_len.  A row that sees no key gets out = 0 and lse = -inf.
     The last dimension must be contiguous, all other strides are free.  block_m and block_n, the tile sizes,
-    are powers of two, 16 or more.
+    are powers of two, 16 or more. max_qo_len: of the longest request, or more; read from qo_indptr, which waits
+    for the device, if it is not given.
     """
     head_dim = q.shape[-1]
     page_size, kv_heads = k_pages.shape[1], k_pages.shape[2]
@@ -184,7 +186,8 @@ def paged_prefill(
     if any(t.stride(-1) != 1 for t in (q, k_pages, v_pages, out)):
         raise ValueError("the last dimension of q, k_pages, v_pages and out must be contiguous")
     batch = qo_indptr.numel() - 1
-    max_qo_len = int(qo_indptr.diff().max()) if batch else 0
+    if max_qo_len is None:
+        max_qo_len = int(qo_indptr.diff().max()) if batch else 0
     if max_qo_len == 0:
         return
 

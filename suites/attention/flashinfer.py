@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
+from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, LaunchContract, Numerics, Unsupported
 
 from .paged_prefill import PagedPrefill, paged_prefill
 
@@ -25,16 +25,18 @@ NO_KEY_LSE = -49_000.0
 
 
 def planner(backend: str) -> Callable[[Call], Any]:
-    """A ``plan`` that makes a wrapper of its own for every launch, on a workspace of arbitrary contents."""
+    """A ``plan`` that makes a wrapper on a workspace of arbitrary contents, or plans an earlier one anew."""
 
     def plan(call: Call) -> Any:
         import torch
-        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         axes, x = call.case.axes, call.inputs
-        wrapper = BatchPrefillWithPagedKVCacheWrapper(
-            call.workspace(workspace_bytes(call.case, call.device)), "NHD", backend=backend
-        )
+        workspace = call.workspace(workspace_bytes(call.case, call.device))
+        wrapper = call.plan
+        if wrapper is None:
+            wrapper = _wrapper(call, workspace, backend)
+        elif wrapper._float_workspace_buffer.data_ptr() != workspace.data_ptr():
+            wrapper.reset_workspace_buffer(workspace, torch.empty_like(wrapper._int_workspace_buffer))
         wrapper.plan(
             x["qo_indptr"],
             x["kv_indptr"],
@@ -54,6 +56,25 @@ def planner(backend: str) -> Callable[[Call], Any]:
     return plan
 
 
+def _wrapper(call: Call, workspace: torch.Tensor, backend: str) -> Any:
+    """A wrapper; one whose launch will be captured owns the indices that a graph reads, as large as they are now."""
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+    if not call.captured:
+        return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
+    x = call.inputs
+    return BatchPrefillWithPagedKVCacheWrapper(
+        workspace,
+        "NHD",
+        use_cuda_graph=True,
+        qo_indptr_buf=x["qo_indptr"].clone(),
+        paged_kv_indptr_buf=x["kv_indptr"].clone(),
+        paged_kv_indices_buf=x["kv_indices"].clone(),
+        paged_kv_last_page_len_buf=x["kv_last_page_len"].clone(),
+        backend=backend,
+    )
+
+
 def workspace_bytes(case: Case[PagedPrefill], device: Device) -> int:
     """What a caller must provide so that no plan of this case can run out of workspace, which FlashInfer refuses.
 
@@ -68,9 +89,12 @@ def workspace_bytes(case: Case[PagedPrefill], device: Device) -> int:
 def launch(call: Call) -> dict[str, torch.Tensor]:
     """Run the planned wrapper into the caller's own buffers."""
     x, outputs = call.inputs, call.outputs
-    out, lse = call.plan.run(
-        x["q"], (x["k_pages"], x["v_pages"]), out=outputs["out"], lse=outputs["lse"], return_lse=True
-    )
+    options = {"out": outputs["out"], "lse": outputs["lse"], "return_lse": True}
+    if call.pdl:
+        if "enable_pdl" not in _run_parameters():
+            raise Unsupported("this release's run() has no parameter enable_pdl")
+        options["enable_pdl"] = True
+    out, lse = call.plan.run(x["q"], (x["k_pages"], x["v_pages"]), **options)
     return {"out": out, "lse": lse}
 
 
@@ -85,6 +109,13 @@ def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
     missing = {"out", "lse", "return_lse"} - _run_parameters()
     if missing:
         return f"this release's run() has no parameter {', '.join(sorted(missing))}"
+    return None
+
+
+def refuses(step: str, case: Case[PagedPrefill], device: Device) -> str | None:
+    """A captured wrapper needs an index buffer of at least one page."""
+    if step == "graph" and not any(case.axes.pages(request) for request in case.axes.requests):
+        return "a batch without any key leaves no page index to capture"
     return None
 
 
@@ -124,6 +155,11 @@ def _run_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(BatchPrefillWithPagedKVCacheWrapper.run).parameters)
 
 
+# One workspace for several wrappers is what FlashInfer's documentation recommends; a graph is planned for the longest
+# lengths, and so splits keys in another way than an eager launch.
+CONTRACT = LaunchContract(
+    replans=True, shares_workspace=True, captured="lengths", graph_bits=False, pdl=True, refuses=refuses
+)
 fa2 = Kernel(
     name="flashinfer.paged_prefill[fa2]",
     operator=paged_prefill,
@@ -134,6 +170,7 @@ fa2 = Kernel(
     # The plan depends on lengths alone, and every KV head has blocks of its own: neither pages nor heads change bits.
     inexact={"value_scale": "partial outputs of split keys in fp16 may be subnormal, and then have fewer digits"},
     specialisation=specialisation,
+    contract=CONTRACT,
     devices=("cuda",),
     library="flashinfer",
     min_sm=(8, 0),
@@ -146,6 +183,7 @@ fa3 = Kernel(
     numerics=fa3_numerics,
     unsupported=unsupported,
     specialisation=specialisation,
+    contract=CONTRACT,
     devices=("cuda",),
     library="flashinfer",
     min_sm=(9, 0),

@@ -20,6 +20,7 @@ from kerneltest.model import (
     Numerics,
     Operator,
     OutputSpec,
+    Paging,
     Pattern,
     Place,
     Size,
@@ -257,6 +258,9 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
             replace(request, qo_len=1),
             replace(request, kv_len=1),
             replace(request, kv_len=request.qo_len),
+            replace(request, qo_len=-(-request.qo_len // 2)),
+            replace(request, kv_len=request.kv_len // 2),
+            replace(request, kv_len=max(request.kv_len - 1, 0)),
         ):
             if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
                 yield with_requests([*before, shorter, *after])
@@ -281,6 +285,22 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     # A row without keys has two causes, causal masking and an empty cache; the second is the plainer one.
     if axes.causal and len(axes.requests) == 1:
         yield replace(case, axes=replace(axes, causal=False, requests=(Request(qo_len=1, kv_len=0),)))
+
+
+def captures(case: Case[PagedPrefill]) -> st.SearchStrategy[Case[PagedPrefill]]:
+    """Cases of the same batch in which every request is at least as long: what a graph is captured with."""
+    from hypothesis import strategies as st
+
+    def longer(extra: list[tuple[int, int]]) -> Case[PagedPrefill]:
+        requests = tuple(
+            Request(qo_len=request.qo_len + rows, kv_len=request.kv_len + rows + keys)
+            for request, (rows, keys) in zip(case.axes.requests, extra, strict=True)
+        )
+        return replace(case, axes=replace(case.axes, requests=requests))
+
+    count = len(case.axes.requests)
+    more = st.tuples(st.sampled_from((0, 1, 17)), st.sampled_from((0, 1, 40)))
+    return st.lists(more, min_size=count, max_size=count).map(longer)
 
 
 def locate(case: Case[PagedPrefill], output: str, index: tuple[int, ...]) -> str:
@@ -335,5 +355,7 @@ paged_prefill = Operator(
     locate=locate,
     simpler=simpler,
     relations=RELATIONS,
+    paging=Paging(pages=("k_pages", "v_pages"), table="kv_indices"),
+    captures=captures,
     explain=explain,
 )

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kerneltest.model import BF16, FORMATS, FP32, IEEE_FP32, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics
+from kerneltest.model import (
+    BF16,
+    FORMATS,
+    FP32,
+    IEEE_FP32,
+    WGMMA_16BIT,
+    Call,
+    Case,
+    Device,
+    Kernel,
+    LaunchContract,
+    Numerics,
+)
 
 from .paged_prefill import PagedPrefill, paged_prefill
 
@@ -29,6 +41,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
         call.outputs["lse"],
         causal=axes.causal,
         sm_scale=axes.scale,
+        max_qo_len=max(request.qo_len for request in axes.requests),
     )
     return dict(call.outputs)
 
@@ -56,11 +69,19 @@ def specialisation(case: Case[PagedPrefill]) -> str:
     return f"{axes.dtype}-d{axes.head_dim}-{'causal' if axes.causal else 'full'}"
 
 
+def refuses(step: str, case: Case[PagedPrefill], device: Device) -> str | None:
+    """The interpreter's bf16 is a copy of the whole cache in fp32."""
+    if step == "far_pages" and device.kind == "cpu" and case.axes.dtype == "bfloat16":
+        return "the interpreted kernel copies the whole cache"
+    return None
+
+
 triton_prefill = Kernel(
     name="triton.paged_prefill[online]",
     operator=paged_prefill,
     launch=launch,
     numerics=numerics,
     specialisation=specialisation,
+    contract=LaunchContract(captured="lengths", refuses=refuses),
     library="triton",
 )

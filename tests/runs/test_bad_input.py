@@ -132,8 +132,8 @@ def test_an_exception_is_shown_with_the_line_that_raised_it(hunted: Hunted) -> N
 def test_a_kernel_that_supports_nothing_is_not_green(hunted: Hunted) -> None:
     text = hunted.texts["launches::bad.refuses"]
     expected = (
-        r"NothingChecked in bad\.refuses\n  none of 3 drawn cases is supported:\n"
-        r"  2 x no seed is accepted\n  1 x seed 0 is refused\n  on: \S.*"
+        r"NothingChecked in bad\.refuses\n  none of 9 drawn cases is supported:\n"
+        r"  6 x no seed is accepted\n  3 x seed 0 is refused\n  on: \S.*"
     )
     assert re.fullmatch(expected, text)
 
@@ -147,7 +147,7 @@ def test_broken_files_are_in_the_list_of_what_was_not_checked(hunted: Hunted) ->
 def test_a_file_that_exits_when_imported_does_not_end_the_run(new_project: Callable[[], Project]) -> None:
     project = new_project()
     project.suite("bad", exits="raise SystemExit('not today')\n", zealous='healthy = kernel("bad.healthy", a.healthy)')
-    run = project.pytest("--kernel-suite=bad", "--collect-only", "-q")
+    run = project.pytest("--kernel-suite=bad", "--collect-only", "-q", "--kernel-sequences=0")
     assert (run.code, run.node_ids) == (0, ["suites/bad/exits.py::import", "suites/bad/zealous.py::bad.healthy"])
 
 

@@ -49,8 +49,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def collect(project: Project, *commands: Sequence[str], **environment: str) -> list[list[str]]:
-    """The node ids that each of the commands selects."""
-    runs = project.pytest_each(*(["--collect-only", "-q", *command] for command in commands), **environment)
+    """The node ids that each of the commands selects, without the hunts of launch sequences."""
+    plain = ["--collect-only", "-q", "--kernel-sequences=0"]
+    runs = project.pytest_each(*([*plain, *command] for command in commands), **environment)
     for command, run in zip(commands, runs, strict=True):
         assert run.code == 0, (command, run.out + run.err)
     return [run.node_ids for run in runs]
@@ -145,6 +146,11 @@ def test_suites_are_chosen_by_name(project: Project) -> None:
     one, two = collect(project, ["--kernel-suite=mine"], ["--kernel-suite=other,mine"])
     assert one == OWN[:2]
     assert sorted(two) == OWN
+
+
+def test_every_kernel_has_a_hunt_of_sequences_too(project: Project) -> None:
+    (ids,) = collect(project, ["--kernel-suite=mine", "--kernel-sequences=3"])
+    assert ids == [f"{node_id}{end}" for node_id in OWN[:2] for end in ("", "-in-company")]
 
 
 def test_a_listed_node_id_selects_its_item_alone(project: Project) -> None:

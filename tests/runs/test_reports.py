@@ -121,7 +121,7 @@ def test_verbose_lines_show_a_node_id_that_can_be_pasted(story: Story, name: str
 def test_terminal_section(story: Story) -> None:
     expected = [
         r"red       mine\.bad: \d+ cases, 0 unsupported, budget used .*, \d+\.\d s",
-        r"green     mine\.good: 3 cases, 0 unsupported, budget used out 0\.\d\d, \d+\.\d s",
+        r"green     mine\.good: 9 cases, 0 unsupported, budget used out 0\.\d\d, \d+\.\d s",
         r"poison    allocator pool: [\d.]+ % proven \(\d+ blocks of torch\.empty, \d+ MiB together\)",
         r"unchecked mine\.good: agreement with mine\.bad: no case was right in both",
         r"unchecked mine\.good: output lse: the kernel does not return it",
@@ -153,7 +153,7 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
     run = summary(story)
     assert list(run) == [
         *("schema", "version", "command", "began", "profile", "seed", "device", "libraries", "coverage", "seconds"),
-        *("cases", "kernels", "failures", "unchecked"),
+        *("cases", "sequences", "kernels", "failures", "unchecked"),
     ]
     assert run["schema"] == "kerneltest.summary/1"
     assert (run["profile"], run["seed"], run["device"]["kind"]) == ("quick", 7, "cpu")
@@ -162,6 +162,7 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
         *(
             "name",
             "suite",
+            "hunt",
             "cases",
             "unsupported",
             "launches",
@@ -169,13 +170,17 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
             "used",
             "slack",
             "energy",
+            "before",
+            "kinds",
+            "repeated",
             "verdict",
             "seconds",
         )
     ]
     assert [list(kernel) for kernel in run["kernels"]] == [kernel_keys] * 3
     failure_keys = [
-        *("kernel", "kind", "culprit", "what", "case", "fixture", "replay", "seconds_to_find", "seconds_to_shrink")
+        *("kernel", "kind", "culprit", "what", "steps", "case", "fixture", "replay"),
+        *("seconds_to_find", "seconds_to_shrink"),
     ]
     assert [list(failure) for failure in run["failures"]] == [failure_keys]
     assert [list(place) for place in run["coverage"]] == [["place", "share", "note"]] * len(run["coverage"])

@@ -84,7 +84,7 @@ def test_each_process_hunts_one_kernel(spread: Spread) -> None:
 
 def test_report_and_summary_are_complete_and_written_once(spread: Spread) -> None:
     kernels = {kernel["name"]: (kernel["verdict"], kernel["cases"]) for kernel in spread.summary["kernels"]}
-    assert kernels == {"mine.good": ("green", 3), "mine.bad": ("red", kernels["mine.bad"][1])}
+    assert kernels == {"mine.good": ("green", 9), "mine.bad": ("red", kernels["mine.bad"][1])}
     assert [failure["kernel"] for failure in spread.summary["failures"]] == ["mine.bad"]
     html = (spread.project.root / "reports" / "kerneltest.html").read_text()
     assert "mine.good" in html

@@ -15,7 +15,8 @@ from pathlib import Path
 from textwrap import dedent
 
 HEALTHY = Path(__file__).parents[1] / "zoo" / "suites" / "zoo" / "_attention.py"
-# Draws three cases and no more: one small request, so that a hunt takes a fraction of a second.
+# Draws three cases, each with either guard and without, and no more: one small request, so that a hunt takes a
+# fraction of a second.
 CHEAP = """
 from dataclasses import replace
 
@@ -66,7 +67,8 @@ for arguments in json.loads(sys.argv[1]):
     runs.append((int(code), out.getvalue(), err.getvalue()))
 print(json.dumps(runs))
 """
-HUNT = ("--kernel-profile=quick", "--kernel-device=cpu")
+# Launch sequences have runs of their own.
+HUNT = ("--kernel-profile=quick", "--kernel-device=cpu", "--kernel-sequences=0")
 
 
 @dataclass(frozen=True)

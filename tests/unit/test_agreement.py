@@ -14,7 +14,7 @@ from kerneltest.oracle.compare import likely
 from kerneltest.worker.agreement import agrees_with_its_peer
 from kerneltest.worker.device import open_device
 from kerneltest.worker.execution import Execution
-from kerneltest.worker.poison import Poisoner
+from kerneltest.worker.rig import Rig
 
 CASE = case((1, 400), head_dim=128, kv_heads=2, group=2)
 WHERE = (0, 1, 17)
@@ -41,7 +41,7 @@ def answers(name: str, *, off: float) -> Kernel:
 
 def execution(kernel: Kernel, peer: Kernel | None) -> Execution:
     device = open_device("cpu")
-    found = Execution(kernel, CASE, device, Poisoner(device), peer=peer)
+    found = Execution(kernel, CASE, Rig(device), peer=peer)
     found.observations.append(found.observe(found.uniform(Pattern.FINITE)))
     return found
 

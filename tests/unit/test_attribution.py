@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kerneltest.model import FORMATS, IEEE_FP32, Call, Case, Device, Kernel, Numerics, Status
 from kerneltest.worker.execute import execute
-from kerneltest.worker.poison import Poisoner
+from kerneltest.worker.rig import Rig
 
 CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
 AXES = {"inputs": "count", "head_dim": 128, "kv_heads": 2, "group": 2, "page_size": 16}
@@ -307,14 +307,14 @@ def flawed(flaw: Flaw) -> Kernel:
 def test_the_worker_adds_the_cause_to_its_finding(dtype: str) -> None:
     one, wrong, expected = PLANTED["doubled"]
     one = of_dtype(one, dtype)
-    outcome = execute(flawed(wrong["flaw"]), one, CPU, Poisoner(CPU))
+    outcome = execute(flawed(wrong["flaw"]), one, Rig(CPU))
     assert outcome.finding is not None
     assert outcome.finding.kind == "Mismatch"
     assert outcome.finding.details[-1] == expected
-    assert execute(flawed(RIGHT), one, CPU, Poisoner(CPU)).status is Status.PASSED
+    assert execute(flawed(RIGHT), one, Rig(CPU)).status is Status.PASSED
 
 
 def test_a_finding_without_a_known_cause_stays_as_it_is() -> None:
-    outcome = execute(flawed(Flaw(out=lambda out: out * 0.93)), BATCH, CPU, Poisoner(CPU))
+    outcome = execute(flawed(Flaw(out=lambda out: out * 0.93)), BATCH, Rig(CPU))
     assert outcome.finding is not None
     assert not any(line.startswith("request") for line in outcome.finding.details)

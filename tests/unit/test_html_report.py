@@ -1,7 +1,8 @@
-"""The HTML report: what a reader finds in it, and that it can be neither broken into nor misread."""
+"""The reports: what a reader finds in them, and that the HTML can be neither broken into nor misread."""
 
 from __future__ import annotations
 
+import json
 import re
 from html import unescape
 from html.parser import HTMLParser
@@ -18,9 +19,12 @@ from kerneltest.model import (
     Place,
     RunRecord,
     Status,
+    StepRecord,
     Unchecked,
 )
 from kerneltest.report.html import html
+from kerneltest.report.listener import _lines
+from kerneltest.report.summary import summary
 
 FIXTURE = "fixtures/lib.attend-fa2/StaleState-1a2b3c4d/case.json"
 CASE = "attend(dtype=bf16, requests=[1/1], inputs=normal, seed=0)"
@@ -37,6 +41,7 @@ class Reader(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: dict[str, str] = {"head": ""}
         self._open: list[str] = []
+        self.rows: dict[str, list[list[str]]] = {"head": []}
         self._section = "head"
         self.feed(page)
         self.close()
@@ -47,6 +52,11 @@ class Reader(HTMLParser):
         if tag == "section":
             self._section = dict(attrs)["id"]
             self.text[self._section] = ""
+            self.rows[self._section] = []
+        if tag == "tr":
+            self.rows[self._section].append([])
+        if tag in ("td", "th"):
+            self.rows[self._section][-1].append("")
         if tag not in VOID:
             self._open.append(tag)
 
@@ -58,6 +68,8 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if self._open and self._open[-1] not in ("style", "script"):
             self.text[self._section] += data
+            if {"td", "th"} & set(self._open):
+                self.rows[self._section][-1][-1] += data
 
     def section(self, name: str) -> str:
         return " ".join(self.text[name].split())
@@ -90,6 +102,17 @@ def kernel(name: str = "lib.attend[fa2]", verdict: Conclusion = Conclusion.GREEN
     if verdict is not Conclusion.UNCHECKED:
         fields |= {"cases": (case(),), "launches": 7}
     return KernelRecord(**{**fields, **changes})
+
+
+def company(name: str = "lib.attend[fa2]", **changes) -> KernelRecord:
+    fields = {
+        "verdict": Conclusion.GREEN,
+        "hunt": "sequences",
+        "cases": (case(1, text="torch.softmax; attend(seed=1)"), case(2, text="attend(seed=2)")),
+        "before": {"torch.softmax": 3, "lib.rope": 1},
+        "kinds": {"begin > poison": 1, "poison > launch": 2, "begin > launch": 1200},
+    }
+    return kernel(name, **{**fields, **changes})
 
 
 def run(*kernels: KernelRecord, **changes) -> RunRecord:
@@ -136,7 +159,16 @@ def test_everything_from_outside_is_escaped():
         coverage=(Coverage(place=Place.REGISTERS, share=None, note=text),),
         device=Device(kind=text, ordinal=0, name=text, sm=(9, 0), units=1),
     )
-    page = html(run(hostile, command=text, profile=text, version=text, began=text))
+    step = StepRecord(kind=f"{text}1", text=f"{text}2", without=f"{text}3")
+    sequences = company(
+        name,
+        verdict=Conclusion.RED,
+        failures=(failure(steps=(step,)),),
+        before={text: 1, name: 2},
+        kinds={f"{text} > {name}": 1, name: 1},
+        repeated=(1, 1),
+    )
+    page = html(run(hostile, sequences, command=text, profile=text, version=text, began=text))
     assert name not in page
     assert "<b>&" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -144,7 +176,11 @@ def test_everything_from_outside_is_escaped():
     reader = Reader(page)
     assert [tag for tag, _ in reader.tags].count("script") == 1
     assert text in reader.section("failures")
+    assert f"{text}2 ({text}1) without it: {text}3" in reader.section("failures")
     assert name in reader.section("kernels")
+    assert [row[0] for row in reader.rows["pairs"]] == ["Just before", name, text]
+    assert name in reader.section("steps")
+    assert name in reader.section("cases")
 
 
 def test_header():
@@ -343,3 +379,153 @@ def test_energy_has_a_row_for_each_output_and_a_column_for_each_strategy() -> No
     assert "lib.attend[fa2] out 0.60 0.25" in section
     assert "lib.second out 0.90 none" in section
     assert "Energy" not in read(kernel()).section("kernels")
+
+
+STEPS = (
+    StepRecord(kind="neighbour", text="lib.rope: rope(seed=3)", without="correct"),
+    StepRecord(kind="stream", text="on another stream", without="Mismatch: out: 1 of 64 elements"),
+)
+
+
+def test_the_two_hunts_of_a_kernel_are_told_apart():
+    reader = read(kernel(), company(verdict=Conclusion.RED, failures=(failure(steps=STEPS),)))
+    assert [row[0] for row in reader.rows["kernels"]] == ["Kernel", "lib.attend[fa2]", "lib.attend[fa2] in company"]
+    assert [row[3] for row in reader.rows["kernels"]] == ["Cases", "1", "2 sequences"]
+    assert "StaleState in lib.attend[fa2] in company" in reader.section("failures")
+    cases = reader.section("cases")
+    assert "lib.attend[fa2] 1 case " in cases
+    assert "lib.attend[fa2] in company 2 sequences" in cases
+    assert "Id Sequence Status" in cases
+
+
+def test_the_header_counts_cases_sequences_and_hunts_for_themselves():
+    head = read(kernel(cases=(case(1), case(2), case(3))), company()).section("head")
+    assert "3 distinct cases 2 distinct sequences 14 launches" in head
+    assert "All 2 hunts that ran are green." in head
+    assert "2 hunts green" in head
+    assert "0 cases or sequences unsupported" in head
+    assert "kernels green" not in head
+    alone = read(kernel()).section("head")
+    assert "sequences" not in alone
+    assert "hunt" not in alone
+
+
+def test_sequences_alone_are_not_an_empty_run():
+    reader = read(company())
+    assert "0 distinct cases 2 distinct sequences" in reader.section("head")
+    assert "No case ran" not in reader.section("cases")
+
+
+def test_failure_lists_its_steps_and_what_comes_without_each():
+    found = failure(steps=STEPS)
+    section = read(company(verdict=Conclusion.RED, failures=(found,))).section("failures")
+    assert (
+        "Steps it takes lib.rope: rope(seed=3) (neighbour) without it: correct "
+        "on another stream (stream) without it: Mismatch: out: 1 of 64 elements Minimal case"
+    ) in section
+    assert "culprit after 14.8 s: 3.25 s to find, 11.5 s to reduce" in section
+
+
+def test_steps_are_an_ordered_list_and_say_nothing_where_nothing_was_asked():
+    unasked = StepRecord(kind="stream", text="on another stream", without="")
+    reader = read(company(verdict=Conclusion.RED, failures=(failure(steps=(unasked,)),)))
+    assert [tag for tag, _ in reader.tags].count("ol") == 1
+    assert "without it" not in reader.section("failures")
+    alone = read(RED)
+    assert "ol" not in [tag for tag, _ in alone.tags]
+    assert "culprit after" not in alone.section("failures")
+
+
+def test_pairs_of_launches():
+    reader = read(
+        kernel("lib.alone"),
+        company("lib.b", before={"torch.softmax": 1500, "lib.a": 2}),
+        company("lib.a", before={"lib.b": 4}),
+        company("lib.a", before={"lib.b": 3, "torch.softmax": 0}),
+        kernel("lib.absent", Conclusion.UNCHECKED, hunt="sequences"),
+    )
+    assert list(reader.text) == ["head", "failures", "kernels", "pairs", "steps", *SECTIONS[2:]]
+    assert reader.rows["pairs"] == [
+        ["Just before", "lib.a", "lib.b"],
+        ["lib.a", "·", "2"],
+        ["lib.b", "7", "·"],
+        ["torch.softmax", "·", "1,500"],
+    ]
+    assert "3 of 6 ordered pairs tried" in reader.section("pairs")
+
+
+def test_a_pair_that_was_not_tried_is_marked_and_named():
+    cells = [attrs for tag, attrs in read(company("lib.a"), company("lib.b", before={})).tags if tag == "td"]
+    untried = [attrs for attrs in cells if attrs.get("title") == "not tried" and attrs["data-label"].startswith("lib.")]
+    assert [(attrs["data-label"], attrs["class"]) for attrs in untried] == [("lib.b", "number untried")] * 2
+    tried = [attrs for attrs in cells if attrs.get("data-label") == "lib.a"]
+    assert [attrs.get("title") for attrs in tried] == [None, None]
+
+
+def test_pairs_of_steps_are_summed_over_the_kernels():
+    reader = read(company(), company("lib.b", kinds={"poison > launch": 5, "stream > poison": 1}))
+    assert reader.rows["steps"] == [
+        ["First", "poison", "stream", "launch"],
+        ["begin", "1", "·", "1,200"],
+        ["poison", "·", "·", "7"],
+        ["stream", "1", "·", "·"],
+    ]
+    assert "4 of 9 ordered pairs of step kinds tried" in reader.section("steps")
+
+
+def test_without_company_there_are_no_pairs():
+    reader = read(kernel(), RED)
+    assert list(reader.text) == ["head", *SECTIONS]
+    assert "Pairs" not in reader.section("head")
+    assert "ordered pairs" not in html(run(kernel(), RED))
+    kept = list(read(company(before={})).text)
+    assert "pairs" not in kept
+    assert "steps" in kept
+
+
+def test_repeated_launches():
+    section = read(kernel(), company(repeated=(1200, 3)), company("lib.b", repeated=(4, 0))).section("kernels")
+    assert "lib.attend[fa2] in company: 3 of 1,200 repeated launches differ in some bit" in section
+    assert "lib.b in company: 0 of 4 repeated launches differ in some bit" in section
+    assert "repeated launches" not in read(kernel(), company()).section("kernels")
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (
+            kernel(slack=2.0),
+            "lib.attend[fa2]: 1 cases, 0 unsupported, budget used out 0.31 of a budget widened by slack 2",
+        ),
+        (
+            company(unsupported={"x": 3}),
+            "lib.attend[fa2] in company: 2 sequences, 3 unsupported, after 2 different launches",
+        ),
+        (
+            company(before={}, repeated=(12, 1)),
+            "lib.attend[fa2] in company: 2 sequences, 0 unsupported, after 0 different launches, "
+            "12 repeated launches, 1 differ",
+        ),
+    ],
+    ids=["cases", "sequences", "repeats"],
+)
+def test_terminal_line(record, line):
+    assert _lines(run(record)) == [f"green     {line}, 12.5 s"]
+
+
+def test_summary_of_sequences():
+    found = json.loads(summary(run(kernel(), company(failures=(failure(steps=STEPS),), repeated=(12, 1)), RED)))
+    assert (found["schema"], found["cases"], found["sequences"]) == ("kerneltest.summary/1", 2, 2)
+    alone, sequences, _ = found["kernels"]
+    assert [alone[key] for key in ("hunt", "before", "kinds", "repeated")] == ["cases", {}, {}, [0, 0]]
+    assert (sequences["name"], sequences["hunt"], sequences["cases"]) == ("lib.attend[fa2]", "sequences", 2)
+    assert sequences["before"] == {"torch.softmax": 3, "lib.rope": 1}
+    assert sequences["kinds"] == {"begin > poison": 1, "poison > launch": 2, "begin > launch": 1200}
+    assert sequences["repeated"] == [12, 1]
+    assert [failure["steps"] for failure in found["failures"]] == [
+        [
+            {"kind": "neighbour", "text": "lib.rope: rope(seed=3)", "without": "correct"},
+            {"kind": "stream", "text": "on another stream", "without": "Mismatch: out: 1 of 64 elements"},
+        ],
+        [],
+    ]

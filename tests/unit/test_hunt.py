@@ -12,7 +12,7 @@ import pytest
 from attention_cases import paged
 
 from kerneltest.engine.hunt import Target, hunt, replay
-from kerneltest.engine.pool import Peer
+from kerneltest.engine.pool import Company, Peer
 from kerneltest.engine.profile import PROFILES
 from kerneltest.model import Case, Device, Finding, Kernel, Outcome, Started, Status
 
@@ -39,7 +39,16 @@ class Rule:
         self.started = Started(device=CPU)
 
     def run(
-        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, cold: float, peer: Peer | None = None
+        self,
+        kernel: Kernel,
+        source: Path,
+        case: Case[Any],
+        *,
+        deadline: float,
+        cold: float,
+        peer: Peer | None = None,
+        company: Company | None = None,
+        guarded: str | None = None,
     ) -> Outcome:
         self.beside.append((kernel.name, peer[0].name if peer else None))
         self.asked.append(case)

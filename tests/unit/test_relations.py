@@ -35,8 +35,9 @@ from kerneltest.model import (
     Unsupported,
 )
 from kerneltest.worker.execute import execute
-from kerneltest.worker.poison import Poisoner, fill_dead
+from kerneltest.worker.poison import fill_dead
 from kerneltest.worker.relations import differs
+from kerneltest.worker.rig import Rig
 
 transformations = importlib.import_module(f"{discovery.PACKAGE}.attention._transformations")
 OPERATOR = paged.paged_prefill
@@ -254,7 +255,7 @@ def kernel(launch: Callable[[Call], Any] = attend, **more: Any) -> Kernel:
 
 
 def run(of: Kernel, relation: str, on: Case[Any] = RICH) -> Outcome:
-    return execute(of, replace(on, relation=relation), CPU, Poisoner(CPU))
+    return execute(of, replace(on, relation=relation), Rig(CPU))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -46,6 +46,7 @@ def hunt(folder: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "-p", "no:cacheprovider", "-q"]
     options = [
         "--kernel-suite=zoo",
+        "--kernel-sequences=0",
         "--kernel-device=cpu",
         "--kernel-seed=11",
         f"--kernel-json={summary}",

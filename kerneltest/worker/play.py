@@ -1,0 +1,267 @@
+"""Play a launch sequence and judge it: the answer must be what the same kernel gives alone."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from kerneltest.model import (
+    FewSMs,
+    Finding,
+    Graph,
+    Kernel,
+    LaunchSequence,
+    Outcome,
+    Pattern,
+    Place,
+    Status,
+    Unsupported,
+)
+from kerneltest.worker.checks import (
+    buffers_keep_their_bounds,
+    explained,
+    inputs_are_intact,
+    outputs_have_the_right_form,
+    outputs_lie_within_budget,
+    rejected,
+)
+from kerneltest.worker.differences import REPEATS, difference, finding, first, share, two_values, unstable
+from kerneltest.worker.execute import raised_by
+from kerneltest.worker.execution import Execution
+from kerneltest.worker.feasible import refusal
+from kerneltest.worker.poison import as_bits
+from kerneltest.worker.rig import Rig
+from kerneltest.worker.scene import Performance, perform
+from kerneltest.worker.staging import KernelRaised, Observation
+
+if TYPE_CHECKING:
+    import torch
+
+FORM = (outputs_have_the_right_form, inputs_are_intact, buffers_keep_their_bounds)
+
+
+@dataclass
+class _Play:
+    """A sequence being judged: the kernel alone, and in company."""
+
+    execution: Execution
+    sequence: LaunchSequence
+    kernels: Mapping[str, Kernel]
+    fresh: str | None
+    performance: Performance | None = None
+    used: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> Observation:
+        return self.execution.observations[0]
+
+    @property
+    def exact(self) -> bool:
+        """Whether equal bits are promised: not by a graph that is planned another way, nor on fewer SMs."""
+        contract = self.execution.kernel.contract
+        loose = any(
+            isinstance(step, FewSMs) or (isinstance(step, Graph) and not contract.graph_bits)
+            for step in self.sequence.steps
+        )
+        return self.execution.kernel.deterministic and not loose
+
+    def differs(self, seen: Observation) -> tuple[str, torch.Tensor] | tuple[None, None]:
+        return difference(self.execution, seen, self.alone, exact=self.exact)
+
+    def shows(self, launch: int, clean: Place | None = None) -> bool:
+        """Whether that launch of another performance differs from the kernel alone."""
+        return self.differs(self.perform(clean and (clean, launch)).launches[launch])[0] is not None
+
+    def perform(self, clean: tuple[Place, int] | None = None) -> Performance:
+        return perform(self.execution, self.sequence, self.kernels, clean)
+
+
+def play(
+    kernel: Kernel, sequence: LaunchSequence, rig: Rig, kernels: Mapping[str, Kernel], fresh: str | None = None
+) -> Outcome:
+    """Run the kernel alone and in the sequence, and compare.
+
+    ``kernels``: those that the sequence names. ``fresh``: the digest of the same case alone in a fresh worker.
+    """
+    start, execution = time.perf_counter(), None
+    try:
+        if reason := kernel.unsupported(sequence.case, rig.device) or refusal(kernel, sequence, rig):
+            return Outcome(status=Status.UNSUPPORTED, reason=reason)
+        execution = Execution(kernel, sequence.case, rig)
+        playing = _Play(execution, sequence, kernels, fresh)
+        execution.observations.append(execution.observe(execution.uniform(Pattern.ZERO)))
+        found = next((found for check in CHECKS if (found := check(playing))), None)
+    except Unsupported as error:
+        return Outcome(status=Status.UNSUPPORTED, reason=str(error))
+    except KernelRaised as raised:
+        launches = execution.launches if execution else 0
+        return raised_by(kernel, raised.error, rig.device, launches, time.perf_counter() - start)
+    return Outcome(
+        status=Status.FAILED if found else Status.PASSED,
+        seconds=time.perf_counter() - start,
+        launches=execution.launches,
+        finding=found and explained(execution, found),
+        used=playing.used,
+        digest=digest(playing.alone),
+        repeated=_repeated(playing),
+    )
+
+
+def play_alone(kernel: Kernel, sequence: LaunchSequence, rig: Rig) -> Outcome:
+    """One launch of the case with nothing around it, for its digest."""
+    execution = Execution(kernel, sequence.case, rig)
+    try:
+        if reason := kernel.unsupported(sequence.case, rig.device):
+            return Outcome(status=Status.UNSUPPORTED, reason=reason)
+        seen = execution.observe(execution.uniform(Pattern.ZERO))
+    except Unsupported as error:
+        return Outcome(status=Status.UNSUPPORTED, reason=str(error))
+    except KernelRaised as raised:
+        return raised_by(kernel, raised.error, rig.device, execution.launches, 0.0)
+    return Outcome(status=Status.PASSED, launches=1, digest=digest(seen))
+
+
+def digest(seen: Observation) -> str:
+    """Sixteen hexadecimal digits of all output bits; all NaNs count as one."""
+    whole = hashlib.sha256()
+    for name, value in sorted(seen.outputs.items()):
+        bits = as_bits(value).clone()
+        bits[value.isnan()] = -1
+        whole.update(name.encode() + bits.numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+# --- the checks, in the order in which they mean something
+
+
+def alone_it_has_the_right_form(playing: _Play) -> Finding | None:
+    return next((found for check in FORM if (found := check(playing.execution))), None)
+
+
+def alone_it_is_what_a_fresh_worker_gives(playing: _Play) -> Finding | None:
+    """What ran in this process before must not show in a launch that shares nothing with it."""
+    execution = playing.execution
+    if playing.fresh is None or not execution.kernel.deterministic or digest(playing.alone) == playing.fresh:
+        return None
+    if moving := unstable(execution, playing.alone):
+        return moving
+    return finding(
+        execution,
+        "StaleState",
+        key="process",
+        what="alone, the kernel gives other bits in this process than in one where nothing else ran",
+        culprit="something that ran in this process before",
+    )
+
+
+def in_company_it_has_the_right_form(playing: _Play) -> Finding | None:
+    playing.performance = playing.perform()
+    execution, alone = playing.execution, playing.execution.observations
+    try:
+        execution.observations = list(playing.performance.launches)
+        return next((found for check in FORM if (found := check(execution))), None)
+    finally:
+        execution.observations = alone
+
+
+def bystanders_are_intact(playing: _Play) -> Finding | None:
+    """No buffer of another launch changed."""
+    assert playing.performance is not None
+    if not playing.performance.bystanders:
+        return None
+    names = ", ".join(playing.performance.bystanders)
+    return finding(
+        playing.execution, "OutOfBounds", key="bystander", what=f"buffers of other launches changed: {names}"
+    )
+
+
+def in_company_it_answers_as_alone(playing: _Play) -> Finding | None:
+    """The launch under test, and then the next one, which finds what the first has left behind."""
+    assert playing.performance is not None
+    for launch, seen in enumerate(playing.performance.launches[:2]):
+        name, differs = playing.differs(seen)
+        if name is not None and differs is not None:
+            return _blamed(playing, name, differs, seen, launch)
+    return None
+
+
+def every_launch_answers_the_same(playing: _Play) -> Finding | None:
+    """Where equal bits are promised; elsewhere it is counted how many differ."""
+    assert playing.performance is not None
+    execution, (before, _, *more) = playing.execution, playing.performance.launches
+    for number, seen in enumerate(more, 3):
+        name, moved = difference(execution, seen, before)
+        if name is not None and moved is not None:
+            return finding(
+                execution,
+                "Nondeterministic",
+                key=name,
+                what=f"{name}: {share(moved)} differ between launch 1 and launch {number} of the same call",
+                details=(two_values(execution, name, first(moved), seen, before),),
+            )
+    return None
+
+
+def alone_it_lies_within_budget(playing: _Play) -> Finding | None:
+    """All tiers of the oracle, once: the same bits of the same case need no second verdict."""
+    execution, judged = playing.execution, playing.execution.rig.judged
+    key, bits = (execution.kernel.name, execution.case), digest(playing.alone)
+    if judged.get(key) == bits:
+        return None
+    found = outputs_lie_within_budget(execution)
+    if found is None:
+        judged[key] = bits
+        playing.used = {name: verdict.used for name, verdict in execution.verdicts.items()}
+    return found
+
+
+CHECKS: tuple[Callable[[_Play], Finding | None], ...] = (
+    alone_it_has_the_right_form,
+    alone_it_is_what_a_fresh_worker_gives,
+    in_company_it_has_the_right_form,
+    bystanders_are_intact,
+    in_company_it_answers_as_alone,
+    every_launch_answers_the_same,
+    alone_it_lies_within_budget,
+)
+
+
+def _blamed(playing: _Play, name: str, differs: torch.Tensor, seen: Observation, launch: int) -> Finding:
+    """Which place carried the difference, told by making one place at a time harmless before that launch."""
+    execution, alone = playing.execution, playing.alone
+    if execution.kernel.deterministic and (moving := unstable(execution, alone)):
+        return moving
+    spoilt = differs & ~seen.outputs[name].isfinite() & alone.outputs[name].isfinite()
+    are = "are NaN or Inf" if bool((spoilt == differs).all()) else "are not"
+    what = f"{name}: {share(differs)} {are} what they are alone" if are == "are not" else ""
+    what = what or f"{name}: {share(differs)} {are}, and alone they are not"
+    what += " when launched once more" if launch else ""
+    values = two_values(execution, name, first(differs), seen, alone)
+    for place in execution.places:
+        if all(playing.shows(launch) and not playing.shows(launch, place) for _ in range(REPEATS)):
+            return finding(
+                execution,
+                "NonFinite" if place.in_inputs and bool(spoilt.any()) else "StaleState",
+                key=place.value,
+                what=what,
+                details=(values, f"with the {place.value} made harmless just before the launch it is right"),
+                culprit=place.value,
+            )
+    verdicts = execution.judged(seen)
+    wrong = next(filter(None, (rejected(execution, output, verdict) for output, verdict in verdicts.items())), None)
+    if wrong is not None:
+        return replace(wrong, details=(what, *wrong.details, values), by_chance=False)
+    return finding(execution, "Nondeterministic", key=f"{name}, in company", what=what, details=(values,))
+
+
+def _repeated(playing: _Play) -> tuple[int, int] | None:
+    """How many further launches there were, and how many of them differ in any bit from the first."""
+    performance = playing.performance
+    if performance is None or len(performance.launches) == 2:
+        return None
+    before, *others = performance.launches
+    differ = sum(difference(playing.execution, seen, before, exact=True)[0] is not None for seen in others)
+    return (len(others), differ)
