@@ -126,8 +126,7 @@ def row(kernel: Kernel, kernels: dict[str, Kernel], rig: Any) -> str:
     # Alone, the other case, the other page table, and the launch under test twice.
     own = 5 * milliseconds(launch(kernel))
     parts = own + milliseconds(launch(neighbour)) + milliseconds(operation) + milliseconds(checked(Guard.NONE))
-    both = [milliseconds(checked(guard)) for guard in (Guard.AFTER, Guard.NONE, Guard.AFTER, Guard.NONE)]
-    guarded, plain = min(both[::2]), min(both[1::2])
+    guarded, plain = in_turn(checked(Guard.AFTER), checked(Guard.NONE))
     took = milliseconds(whole)
     return (
         f"| {kernel.name} | {took:.1f} | {parts:.1f} | {took / parts:.2f} | {guarded:.1f} | {plain:.1f} | "
@@ -147,6 +146,17 @@ def milliseconds(act: Callable[[], None]) -> float:
         act()
         times.append(1000 * (time.perf_counter() - begin))
     return median(times)
+
+
+def in_turn(*acts: Callable[[], None]) -> list[float]:
+    """Medians in milliseconds of acts that take turns, so that whatever slows the machine slows all of them."""
+    times: list[list[float]] = [[] for _ in acts]
+    for _ in range(3 * TIMES):
+        for act, took in zip(acts, times, strict=True):
+            begin = time.perf_counter()
+            act()
+            took.append(1000 * (time.perf_counter() - begin))
+    return [median(took[3:]) for took in times]
 
 
 # One int32 past the end of a table of 1024, by a kernel that does not use it.

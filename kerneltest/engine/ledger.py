@@ -10,8 +10,11 @@ from itertools import pairwise
 from kerneltest.model import LaunchSequence, Neighbour, TorchOp
 from kerneltest.model.sequence import STEPS
 
+# What shares most with the launch under test is drawn most often: the kernel's own plans and workspaces, then other
+# launches; every other kind once.
+WEIGHTS = {"again": 4, "neighbour": 2, "torch": 2}
 # How much likelier what was never tried is drawn than what was.
-NOVELTY = 6
+NOVELTY = 3
 # What stands for the launch under test in a pair of step kinds, and for the beginning.
 LAUNCH, BEGIN = "launch", "begin"
 
@@ -48,7 +51,7 @@ class Ledger:
             other
             for other in kinds
             if other not in self.refused
-            for _ in range(1 if self.kinds[kind, other] else NOVELTY)
+            for _ in range(WEIGHTS.get(other, 1) * (1 if self.kinds[kind, other] else NOVELTY))
         ]
 
     def weighted(self, names: Sequence[str]) -> list[str]:

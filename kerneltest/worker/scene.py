@@ -104,6 +104,8 @@ class Scene:
     def launch(self) -> Any:
         """The launch under test, as the steps want it made."""
         self.launches += 1
+        if self.execution.kernel.plan is None:  # it asks for its workspace at every launch, and gets the same again
+            self.stage.workspaces.restart()
         with ExitStack() as around:
             for context in self.manner:
                 around.enter_context(context())
