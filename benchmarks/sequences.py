@@ -89,11 +89,11 @@ def a_case(kernel: Kernel, **changes: Any) -> Case[Any]:
 
 
 def row(kernel: Kernel, kernels: dict[str, Kernel], rig: Any) -> str:
-    from kerneltest.worker import torch_ops
+    from kerneltest.worker.company import torch_ops
+    from kerneltest.worker.company.play import play
     from kerneltest.worker.device import synchronize
     from kerneltest.worker.execute import execute
     from kerneltest.worker.execution import Execution
-    from kerneltest.worker.play import play
 
     case = a_case(kernel)
     neighbour = next(other for other in kernels.values() if other.name.startswith("torch"))

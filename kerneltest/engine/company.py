@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
+from kerneltest.engine.casting import Cast, assemble
 from kerneltest.engine.chase import Chase, draw
-from kerneltest.engine.guards import blamed_on_the_guard, guarded, named, out_of_bounds
+from kerneltest.engine.guards import blamed_on_the_guard, named, out_of_bounds
 from kerneltest.engine.hunt import CONFIRMATIONS, Caught, Target, Trail, opinions
 from kerneltest.engine.ledger import LAUNCH, Ledger
 from kerneltest.engine.pool import Company, Runner
 from kerneltest.engine.profile import Profile
-from kerneltest.engine.programs import Cast, plainer, sequences, step_of
+from kerneltest.engine.programs import plainer, sequences, step_of
 from kerneltest.model import (
     Case,
     CaseRecord,
@@ -26,7 +27,6 @@ from kerneltest.model import (
     LaunchSequence,
     Neighbour,
     Outcome,
-    Place,
     Status,
     TorchOp,
     Unchecked,
@@ -38,18 +38,11 @@ if TYPE_CHECKING:
 
 # Sequences drawn before the weights are made anew.
 BATCH = 20
-# Cases of a neighbour, and how many are drawn for each that is wanted: a kernel refuses some.
-NEIGHBOUR_CASES = 4
-DRAWN_FOR_EACH = 4
+# Hypothesis makes a failing sequence smaller as it does anything; to leave out one step or number after the other, as
+# is done then, knows more of sequences. This share of the time for shrinking is for the former.
+HYPOTHESIS_SHARE = 0.25
 # Sequences of a kind of step that was left out.
 ALONE = 4
-EVERYWHERE = (
-    Place.WORKSPACE,
-    Place.ALLOCATOR_POOL,
-    Place.OUTPUTS,
-    Place.UNUSED_SLOTS,
-    Place.UNREFERENCED_PAGES,
-)
 
 
 @dataclass
@@ -96,6 +89,7 @@ class _Company:
             sequence=sequence,
             neighbours={name: (target.kernel, target.source) for name, target in neighbours.items()},
             fresh=self.digest(sequence.case),
+            suspect=self.chase.prey.key if self.chase.prey else None,
         )
         return self._run(self.runner, self.target, sequence.case, company, guarded)
 
@@ -178,12 +172,15 @@ def hunt_sequences(
     :class:`~kerneltest.engine.pool.WorkerFailed` if no worker can be had.
     """
     state = _Company(target, neighbours, runner, quiet, profile)
-    cast = _cast(state, kinds, seed_value)
+    cast = assemble(state.alone, target, neighbours, runner, quiet, profile, kinds, seed_value)
+    if quiet is not None:
+        state.fresh |= cast.digests
     if not cast.cases:
         return _trail(state, cast)
     device = runner.started.device
     assert device is not None, "the caller checks that the worker has a device"
     chase, batch, wanted = state.chase, 0, profile.sequences(device)
+    chase.patience = profile.shrink_seconds * HYPOTHESIS_SHARE
     while len(chase.ran) < wanted and chase.minimal is None and batch < 3 * wanted // BATCH + 3:
         batch += 1
         left = min(BATCH, wanted - len(chase.ran))
@@ -192,6 +189,7 @@ def hunt_sequences(
     _complete_kinds(state, cast, seed_value)
     if profile.every_pair:
         _complete_pairs(state, cast, seed_value)
+    chase.patience, chase.out_of_time = profile.shrink_seconds, False
     while chase.minimal is not None and any(
         map(chase.shows_prey, plainer(chase.minimal[0], state.kernels, target.kernel))
     ):
@@ -211,62 +209,6 @@ def replay_sequence(
     state = _Company(target, neighbours, runner, quiet, profile)
     state.chase.shows_prey(sequence)
     return _trail(state, None)
-
-
-def _cast(state: _Company, kinds: Collection[str], seed_value: int) -> Cast:
-    """The cases that can be played: drawn, and run alone once."""
-    started = state.runner.started
-    device = started.device
-    assert device is not None, "the caller checks that the worker has a device"
-    cases = _playable(state, state.quiet or state.runner, state.target, state.profile.victims, seed_value)
-    if state.quiet:
-        state.fresh |= cases
-    neighbours: dict[str, tuple[Case[Any], ...]] = {}
-    if cases and Neighbour.kind in kinds:
-        for name, target in state.neighbours.items():
-            playable = _playable(state, state.runner, target, NEIGHBOUR_CASES, seed_value)
-            if right := tuple(case for case, digest in playable.items() if digest):
-                neighbours[name] = right
-    possible = [kind for kind in STEPS if kind in kinds and kind not in started.no_steps]
-    if not neighbours and Neighbour.kind in possible:
-        possible.remove(Neighbour.kind)
-    chip = () if device.kind == "cpu" else (Place.SHARED_MEMORY, Place.REGISTERS)
-    return Cast(
-        kernel=state.target.kernel,
-        cases=tuple(cases),
-        neighbours=neighbours,
-        torch_ops=started.torch_ops,
-        places=(*chip, *EVERYWHERE),
-        kinds=tuple(possible),
-    )
-
-
-def _playable(
-    state: _Company, runner: Runner, target: Target, wanted: int, seed_value: int
-) -> dict[Case[Any], str | None]:
-    """Up to ``wanted`` cases that the kernel takes, of few specialisations, simplest first; with their digests.
-
-    One that fails alone has no digest. It stays: that is found, too, and needs no step.
-    """
-    kernel, started = target.kernel, runner.started
-    assert started.device is not None
-    found: dict[Case[Any], str | None] = {}
-    asked: set[Case[Any]] = set()
-    modules: set[str] = set()
-
-    def collect(case: Case[Any]) -> None:
-        module = kernel.specialisation(case)
-        if case in asked or len(found) == wanted or (module not in modules and len(modules) == state.profile.modules):
-            return
-        asked.add(case)
-        outcome = state.alone(runner, target, case)
-        if outcome.status is not Status.UNSUPPORTED:
-            found[case] = outcome.digest
-            modules.add(module)
-
-    cases = guarded(kernel.operator.cases(state.profile.size(started.device)), started)
-    draw(cases.map(lambda case: replace(case, relation="")), collect, DRAWN_FOR_EACH * wanted, seed_value)
-    return dict(sorted(found.items(), key=lambda item: (len(str(item[0])), str(item[0]))))
 
 
 def _complete_kinds(state: _Company, cast: Cast, seed_value: int) -> None:

@@ -41,13 +41,15 @@ Peer = tuple[Kernel, Path]
 class Company:
     """What happens around a case: the steps, where the kernels that they name live, and what the case gives alone.
 
-    ``alone``: nothing happens around it, and nothing is wanted but the digest of its answer.
+    ``alone``: nothing happens around it, and nothing is wanted but the digest of its answer. ``suspect``: what a larger
+    sequence turned out to depend on.
     """
 
     sequence: LaunchSequence
     neighbours: Mapping[str, Peer] = field(default_factory=dict)
     fresh: str | None = None
     alone: bool = False
+    suspect: str | None = None
 
     def modules(self, kernel: Kernel) -> set[tuple[str, str]]:
         """What has to be compiled for it."""
@@ -327,6 +329,7 @@ def _message(
             neighbours={name: str(path) for name, (_, path) in company.neighbours.items()},
             fresh=company.fresh,
             alone=company.alone,
+            suspect=company.suspect,
         )
     return encode(run)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
+from kerneltest.engine.casting import Cast
 from kerneltest.engine.hunt import simpler
 from kerneltest.engine.ledger import BEGIN, Ledger
 from kerneltest.model import (
@@ -55,21 +56,6 @@ PATTERNS = (
 )
 # Kinds that say how the launch is made: twice the same says nothing.
 ONCE = frozenset({"graph", "stream", "beside", "load", "few_sms", "late_inputs", "far_pages", "repeat"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cast:
-    """Who can play: the cases of the kernel under test, simplest first, and those of every neighbour by its name.
-
-    ``kinds``: the kinds of steps to draw from. ``places`` can be poisoned here; ``torch_ops`` can be launched.
-    """
-
-    kernel: Kernel
-    cases: tuple[Case[Any], ...]
-    neighbours: Mapping[str, tuple[Case[Any], ...]]
-    torch_ops: tuple[str, ...]
-    places: tuple[Place, ...]
-    kinds: tuple[str, ...]
 
 
 def sequences(cast: Cast, ledger: Ledger) -> SearchStrategy[LaunchSequence]:

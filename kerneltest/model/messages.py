@@ -63,7 +63,7 @@ class Run:
     ``peer``: another kernel of the operator, as source and name, which must agree with this one. ``sequence``: what
     happens around the launch, as JSON; then ``neighbours`` says where the kernels that it names live, and ``fresh``
     what the case alone gave in a fresh worker. ``alone``: only that digest is wanted, nothing is judged. ``guarded``:
-    the one buffer that lies at a guard page, None for all of them.
+    the one buffer that lies at a guard page, None for all of them. ``suspect``: the place to try first as the culprit.
     """
 
     source: str
@@ -75,6 +75,7 @@ class Run:
     fresh: str | None = None
     alone: bool = False
     guarded: str | None = None
+    suspect: str | None = None
 
 
 class Status(Enum):

@@ -10,7 +10,7 @@ from kerneltest.worker.memory import Memory
 from kerneltest.worker.poison import Poisoner
 
 if TYPE_CHECKING:
-    from kerneltest.worker.companions import Companions
+    from kerneltest.worker.company.companions import Companions
 
 
 class Rig:
@@ -26,6 +26,6 @@ class Rig:
     @cached_property
     def companions(self) -> Companions:
         """Kernels of our own to run beside others. Raises ImportError without cuda-core and cuda-bindings."""
-        from kerneltest.worker.companions import Companions
+        from kerneltest.worker.company.companions import Companions
 
         return Companions(self.device.ordinal)

@@ -29,10 +29,10 @@ class Worker:
         if start.device == "cpu" or (start.device == "auto" and not _sees_cuda()):
             # Must be set before Triton is imported: on a CPU its kernels run in its interpreter.
             os.environ["TRITON_INTERPRET"] = "1"
+        from kerneltest.worker.company.feasible import impossible_steps
+        from kerneltest.worker.company.torch_ops import OPS
         from kerneltest.worker.device import NoDevice, open_device
-        from kerneltest.worker.feasible import impossible_steps
         from kerneltest.worker.rig import Rig
-        from kerneltest.worker.torch_ops import OPS
 
         discovery.use_roots([Path(root) for root in start.suite_roots])
         try:
@@ -67,8 +67,8 @@ class Worker:
         return replace(outcome, buffers=tuple(self._rig.memory.labels))
 
     def _execute(self, run: Run) -> Outcome:
+        from kerneltest.worker.company.play import play, play_alone
         from kerneltest.worker.execute import execute
-        from kerneltest.worker.play import play, play_alone
 
         kernel = self._kernel(run.source, run.kernel)
         case: Case[Any] = Case.from_json(run.case, kernel.operator.axes)
@@ -79,7 +79,7 @@ class Worker:
         sequence = LaunchSequence.from_json(case, run.sequence, lambda name: kernels[name].operator.axes)
         if run.alone:
             return play_alone(kernel, sequence, self._rig)
-        return play(kernel, sequence, self._rig, kernels, run.fresh)
+        return play(kernel, sequence, self._rig, kernels, fresh=run.fresh, suspect=run.suspect)
 
     def _kernel(self, source: str, name: str) -> Kernel:
         if (source, name) not in self._kernels:

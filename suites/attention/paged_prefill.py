@@ -259,8 +259,8 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
             replace(request, kv_len=1),
             replace(request, kv_len=request.qo_len),
             replace(request, qo_len=-(-request.qo_len // 2)),
-            replace(request, kv_len=request.kv_len // 2),
-            replace(request, kv_len=max(request.kv_len - 1, 0)),
+            replace(request, kv_len=max(request.kv_len // 2, 1)),
+            replace(request, kv_len=max(request.kv_len - 1, 1)),
         ):
             if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
                 yield with_requests([*before, shorter, *after])

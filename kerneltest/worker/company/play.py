@@ -28,13 +28,13 @@ from kerneltest.worker.checks import (
     outputs_lie_within_budget,
     rejected,
 )
+from kerneltest.worker.company.feasible import refusal
+from kerneltest.worker.company.scene import Performance, perform
 from kerneltest.worker.differences import REPEATS, difference, finding, first, share, two_values, unstable
 from kerneltest.worker.execute import raised_by
 from kerneltest.worker.execution import Execution
-from kerneltest.worker.feasible import refusal
 from kerneltest.worker.poison import as_bits
 from kerneltest.worker.rig import Rig
-from kerneltest.worker.scene import Performance, perform
 from kerneltest.worker.staging import KernelRaised, Observation
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class _Play:
     sequence: LaunchSequence
     kernels: Mapping[str, Kernel]
     fresh: str | None
+    suspect: str | None
     performance: Performance | None = None
     used: Mapping[str, float] = field(default_factory=dict)
 
@@ -80,18 +81,25 @@ class _Play:
 
 
 def play(
-    kernel: Kernel, sequence: LaunchSequence, rig: Rig, kernels: Mapping[str, Kernel], fresh: str | None = None
+    kernel: Kernel,
+    sequence: LaunchSequence,
+    rig: Rig,
+    kernels: Mapping[str, Kernel],
+    *,
+    fresh: str | None = None,
+    suspect: str | None = None,
 ) -> Outcome:
     """Run the kernel alone and in the sequence, and compare.
 
     ``kernels``: those that the sequence names. ``fresh``: the digest of the same case alone in a fresh worker.
+    ``suspect``: the place to try first, should one be to blame.
     """
     start, execution = time.perf_counter(), None
     try:
         if reason := kernel.unsupported(sequence.case, rig.device) or refusal(kernel, sequence, rig):
             return Outcome(status=Status.UNSUPPORTED, reason=reason)
         execution = Execution(kernel, sequence.case, rig)
-        playing = _Play(execution, sequence, kernels, fresh)
+        playing = _Play(execution, sequence, kernels, fresh, suspect)
         execution.observations.append(execution.observe(execution.uniform(Pattern.ZERO)))
         found = next((found for check in CHECKS if (found := check(playing))), None)
     except Unsupported as error:
@@ -240,7 +248,7 @@ def _blamed(playing: _Play, name: str, differs: torch.Tensor, seen: Observation,
     what = what or f"{name}: {share(differs)} {are}, and alone they are not"
     what += " when launched once more" if launch else ""
     values = two_values(execution, name, first(differs), seen, alone)
-    for place in execution.places:
+    for place in sorted(execution.places, key=lambda place: place.value != playing.suspect):
         if all(playing.shows(launch) and not playing.shows(launch, place) for _ in range(REPEATS)):
             return finding(
                 execution,

@@ -38,7 +38,7 @@ from kerneltest.model import (
     Unsupported,
 )
 from kerneltest.worker import device as devices
-from kerneltest.worker import torch_ops
+from kerneltest.worker.company import torch_ops
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.memory import Arena
 from kerneltest.worker.poison import as_bits

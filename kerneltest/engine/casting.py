@@ -1,0 +1,113 @@
+"""Who plays in launch sequences: cases of the kernel under test and of its neighbours that are known to run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kerneltest.engine.chase import draw
+from kerneltest.engine.guards import guarded
+from kerneltest.engine.hunt import Target
+from kerneltest.engine.pool import Runner
+from kerneltest.engine.profile import Profile
+from kerneltest.model import Case, Kernel, Neighbour, Outcome, Place, Status
+from kerneltest.model.sequence import STEPS
+
+# Cases of a neighbour, and how many are drawn for each that is wanted: a kernel refuses some.
+NEIGHBOUR_CASES = 4
+DRAWN_FOR_EACH = 4
+EVERYWHERE = (
+    Place.WORKSPACE,
+    Place.ALLOCATOR_POOL,
+    Place.OUTPUTS,
+    Place.UNUSED_SLOTS,
+    Place.UNREFERENCED_PAGES,
+)
+ON_CHIP = (Place.SHARED_MEMORY, Place.REGISTERS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast:
+    """The cases of the kernel under test, simplest first, with what each gives alone (None: it fails), and those of
+    every neighbour by its name.
+
+    ``kinds``: the kinds of steps to draw from. ``places`` can be poisoned here; ``torch_ops`` can be launched.
+    """
+
+    kernel: Kernel
+    digests: Mapping[Case[Any], str | None]
+    neighbours: Mapping[str, tuple[Case[Any], ...]]
+    torch_ops: tuple[str, ...]
+    places: tuple[Place, ...]
+    kinds: tuple[str, ...]
+
+    @property
+    def cases(self) -> tuple[Case[Any], ...]:
+        return tuple(self.digests)
+
+
+# Runs a case of a kernel alone.
+Alone = Callable[[Runner, Target, Case[Any]], Outcome]
+
+
+def assemble(
+    alone: Alone,
+    target: Target,
+    neighbours: Mapping[str, Target],
+    runner: Runner,
+    quiet: Runner | None,
+    profile: Profile,
+    kinds: Collection[str],
+    seed_value: int,
+) -> Cast:
+    """Draw cases and run each alone once: the kernel's own in the quiet worker, where nothing else ever runs."""
+    started = runner.started
+    device = started.device
+    assert device is not None, "the caller checks that the worker has a device"
+    cases = _playable(alone, quiet or runner, target, profile, profile.victims, seed_value)
+    others: dict[str, tuple[Case[Any], ...]] = {}
+    if cases and Neighbour.kind in kinds:
+        for name, other in neighbours.items():
+            playable = _playable(alone, runner, other, profile, NEIGHBOUR_CASES, seed_value)
+            if right := tuple(case for case, digest in playable.items() if digest):
+                others[name] = right
+    possible = [kind for kind in STEPS if kind in kinds and kind not in started.no_steps]
+    if not others and Neighbour.kind in possible:
+        possible.remove(Neighbour.kind)
+    return Cast(
+        kernel=target.kernel,
+        digests=cases,
+        neighbours=others,
+        torch_ops=started.torch_ops,
+        places=EVERYWHERE if device.kind == "cpu" else (*ON_CHIP, *EVERYWHERE),
+        kinds=tuple(possible),
+    )
+
+
+def _playable(
+    alone: Alone, runner: Runner, target: Target, profile: Profile, wanted: int, seed_value: int
+) -> dict[Case[Any], str | None]:
+    """Up to ``wanted`` cases that the kernel takes, of few specialisations, simplest first; with their digests.
+
+    One that fails alone has no digest. It stays: that is found, too, and needs no step.
+    """
+    kernel, started = target.kernel, runner.started
+    assert started.device is not None
+    found: dict[Case[Any], str | None] = {}
+    asked: set[Case[Any]] = set()
+    modules: set[str] = set()
+
+    def collect(case: Case[Any]) -> None:
+        module = kernel.specialisation(case)
+        if case in asked or len(found) == wanted or (module not in modules and len(modules) == profile.modules):
+            return
+        asked.add(case)
+        outcome = alone(runner, target, case)
+        if outcome.status is not Status.UNSUPPORTED:
+            found[case] = outcome.digest
+            modules.add(module)
+
+    cases = guarded(kernel.operator.cases(profile.size(started.device)), started)
+    draw(cases.map(lambda case: replace(case, relation="")), collect, DRAWN_FOR_EACH * wanted, seed_value)
+    return dict(sorted(found.items(), key=lambda item: (len(str(item[0])), str(item[0]))))
