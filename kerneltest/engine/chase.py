@@ -43,7 +43,7 @@ class Chase(Generic[S]):
     minimal: tuple[S, Finding] | None = None
     others: dict[tuple[str, str, str], Finding] = field(default_factory=dict)
     out_of_time: bool = False
-    _shown: set[S] = field(default_factory=set)
+    _confirmed: dict[S, bool] = field(default_factory=dict)
 
     @property
     def ran(self) -> dict[S, Outcome]:
@@ -68,11 +68,12 @@ class Chase(Generic[S]):
         if self.prey is None:
             self.prey, self.found_at = finding, time.monotonic()
         if finding.identity == self.prey.identity:
-            if self.twice and self.minimal and subject not in self._shown and not self.again(subject, finding):
-                return False
-            self._shown.add(subject)
-            self.minimal = (subject, finding)
-            return True
+            if subject not in self._confirmed:
+                # Asked again, the answer must be the same, or Hypothesis would take the subject for flaky.
+                self._confirmed[subject] = not (self.twice and self.minimal) or self.again(subject, finding)
+            if self._confirmed[subject]:
+                self.minimal = (subject, finding)
+            return self._confirmed[subject]
         self.others.setdefault(finding.identity, finding)
         return False
 

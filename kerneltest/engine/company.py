@@ -70,6 +70,9 @@ class _Company:
 
     def ask(self, sequence: LaunchSequence) -> Outcome:
         """Play a sequence in the worker; a death that is a neighbour's own is not held against the kernel."""
+        known = [step.kernel for step in sequence.neighbours if step.kernel in self.lethal]
+        if known:
+            return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {known[0]} kills the worker by itself")
         outcome = self.play(sequence)
         if outcome.fatal and (guilty := self._lethal_neighbour(sequence)):
             self.lethal.add(guilty)
@@ -124,11 +127,9 @@ class _Company:
     def _lethal_neighbour(self, sequence: LaunchSequence) -> str | None:
         """A neighbour whose launch, all alone, ends the worker as well. It has a hunt of its own to answer for it."""
         for step in sequence.neighbours:
-            if step.kernel != self.target.kernel.name:
-                if step.kernel in self.lethal:
-                    return step.kernel
-                if self.alone(self.runner, self.neighbours[step.kernel], step.case).fatal:
-                    return step.kernel
+            other = self.neighbours[step.kernel]
+            if step.kernel != self.target.kernel.name and self.alone(self.runner, other, step.case).fatal:
+                return step.kernel
         return None
 
     def _blamed_on_what_is_unmapped(self, outcome: Outcome, sequence: LaunchSequence) -> Outcome:
@@ -283,7 +284,9 @@ def _catch(state: _Company, sequence: LaunchSequence, finding: Finding, confirma
     without = []
     for number in range(len(sequence.steps)) if confirmations else ():
         less = sequence.without(number)
-        outcome = chase.outcomes.get(less) or state.ask(less)
+        outcome = chase.outcomes.get(less)
+        if outcome is None or outcome.finding:  # one that failed did not do so twice
+            outcome = state.ask(less)
         without.append(_verdict(outcome))
     reproduced = sum(chase.again(sequence, finding) for _ in range(confirmations))
     if confirmations:

@@ -69,7 +69,8 @@ class Poison(_Words):
 
     @property
     def short(self) -> str:
-        return f"after the {self.place.value} was filled with {self.pattern.value}"
+        were = "were" if self.place.value.endswith("s") else "was"
+        return f"after the {self.place.value} {were} filled with {self.pattern.value}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,7 +343,7 @@ class LaunchSequence:
         """
         raw = decode(_Raw, data, path)
         if raw.schema != SCHEMA:
-            strange = [f"[{n}] {_name(step)!r}" for n, step in enumerate(raw.steps) if _name(step) not in STEPS]
+            strange = [f"[{n}] {_name(step)!r}" for n, step in enumerate(raw.steps) if not _known(step)]
             unknown = f"of its steps {', '.join(strange)} {'is' if len(strange) == 1 else 'are'} unknown"
             raise DecodeError(
                 f"{path}: schema {raw.schema!r} is of another release, this one reads {SCHEMA!r}; "
@@ -364,9 +365,13 @@ def _name(step: Any) -> Any:
     return step.get("step") if isinstance(step, dict) else step
 
 
+def _known(step: Any) -> bool:
+    return isinstance(_name(step), str) and _name(step) in STEPS
+
+
 def _decode_step(data: Any, own: type[Any], axes_of: Callable[[str], type[Any]], path: str) -> Step:
     name = _name(data)
-    if not isinstance(data, dict) or name not in STEPS:
+    if not isinstance(data, dict) or not _known(data):
         raise DecodeError(f"{path}: unknown step {name!r}; this release knows {', '.join(STEPS)}")
     step: Any = STEPS[name]
     given = {key: value for key, value in data.items() if key != "step"}

@@ -55,6 +55,5 @@ def test_planted_bug_is_found_and_reduced_to_what_it_needs(planted: dict[str, An
 
 def test_twins_are_green_in_company(tmp_path: Path) -> None:
     run = hunt(tmp_path, "-k", "in-company and twin", "--kernel-profile=quick")
-    assert {kernel["name"]: kernel["verdict"] for kernel in run["kernels"]} == {
-        f"{name}[twin]": "green" for name in PLANTED
-    }
+    verdicts = {kernel["name"]: kernel["verdict"] for kernel in run["kernels"]}
+    assert [verdicts[f"{name}[twin]"] for name in PLANTED] == ["green"] * len(PLANTED)

@@ -161,6 +161,7 @@ def alone_it_is_what_a_fresh_worker_gives(playing: _Play) -> Finding | None:
         "StaleState",
         key="process",
         what="alone, the kernel gives other bits in this process than in one where nothing else ran",
+        details=("a replay, which is alone in its process, need not show it",),
         culprit="something that ran in this process before",
     )
 

@@ -354,9 +354,9 @@ class Scene:
     def _watch(self, name: str, staged: Staged, returned: Any) -> None:
         """Remember what another launch was given and gave. Copies to the host leave the chip as the launch left it."""
         for label, value in staged.live.items():
-            self.bystanders.append((f"{name}: {label}", value, value.cpu()))
+            self.bystanders.append((f"{name}: {label}", value, value.to("cpu", copy=True)))
         for label, value in returned.items() if isinstance(returned, Mapping) else ():
-            self.bystanders.append((f"{name}: {label}", value, value.cpu()))
+            self.bystanders.append((f"{name}: {label}", value, value.to("cpu", copy=True)))
         self.kept.append((staged, returned))
 
     def _capture(self) -> None:
@@ -368,6 +368,7 @@ class Scene:
             raise Unsupported(f"the kernel does not support the captured case: {reason}")
         stage.captured = True
         self._run(stage)  # what is compiled at first use cannot be captured
+        stage.workspaces.restart()  # nor can memory be handed out
         with blamed_on_the_kernel():
             graph, returned = devices.capture(device, stage.launch)
         stage.become(self.execution.case, self.execution.materials)
