@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Sequences drawn before the weights are made anew.
 BATCH = 20
+# Deadlines of a case that a sequence gets: one that fails is played dozens of times over to find its culprit.
+PLAYS = 3
 # Hypothesis makes a failing sequence smaller as it does anything; to leave out one step or number after the other, as
 # is done then, knows more of sequences. This share of the time for shrinking is for the former.
 HYPOTHESIS_SHARE = 0.25
@@ -116,7 +118,7 @@ class _Company:
             target.kernel,
             target.source,
             case,
-            deadline=self.profile.deadline,
+            deadline=PLAYS * self.profile.deadline,
             cold=self.profile.cold_deadline,
             company=company,
             guarded=guarded,

@@ -23,17 +23,8 @@ def execute(kernel: Kernel, case: Case[Any], rig: Rig, peer: Kernel | None = Non
     Whatever the kernel does wrong is a finding; this raises only for our own mistakes.
     """
     start, device = time.perf_counter(), rig.device
-    try:
-        if reason := kernel.unsupported(case, device):
-            return Outcome(status=Status.UNSUPPORTED, reason=reason)
-    except Exception as error:
-        return raised_by(kernel, error, device, 0, time.perf_counter() - start)
-    try:
-        numerics = kernel.numerics(case, device)  # wanted much later, but without it nothing can be judged
-    except Exception as error:
-        what = str(error).strip() or type(error).__name__
-        bad = Finding(kind="BadNumerics", kernel=kernel.name, key="", what=what, details=tuple(_frames(error)))
-        return Outcome(status=Status.FAILED, finding=bad)
+    if (outcome := refused(kernel, case, device)) is not None:
+        return outcome
     execution = Execution(kernel, case, rig, peer=peer)
     try:
         for pattern in execution.strategy.patterns:
@@ -51,12 +42,28 @@ def execute(kernel: Kernel, case: Case[Any], rig: Rig, peer: Kernel | None = Non
         finding=finding,
         used={name: verdict.used for name, verdict in verdicts.items()},
         energy={name: verdict.energy for name, verdict in verdicts.items() if verdict.energy is not None},
-        slack=numerics.slack,
+        slack=kernel.numerics(case, device).slack,
         wide=() if finding else execution.wide,
         unjudged=tuple(sorted(set(execution.materials.outputs) - set(verdicts))) if finding is None else (),
         unchecked_relation=execution.unchecked_relation,
         compared_with=execution.compared_with,
     )
+
+
+def refused(kernel: Kernel, case: Case[Any], device: Device) -> Outcome | None:
+    """The outcome of a case that the kernel does not take, or declares no sensible arithmetic for; None for others."""
+    try:
+        if reason := kernel.unsupported(case, device):
+            return Outcome(status=Status.UNSUPPORTED, reason=reason)
+    except Exception as error:
+        return raised_by(kernel, error, device, 0, 0.0)
+    try:
+        kernel.numerics(case, device)  # wanted much later, but without it nothing can be judged
+    except Exception as error:
+        what = str(error).strip() or type(error).__name__
+        bad = Finding(kind="BadNumerics", kernel=kernel.name, key="", what=what, details=tuple(_frames(error)))
+        return Outcome(status=Status.FAILED, finding=bad)
+    return None
 
 
 def raised_by(kernel: Kernel, error: Exception, device: Device, launches: int, seconds: float) -> Outcome:

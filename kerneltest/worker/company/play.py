@@ -31,7 +31,7 @@ from kerneltest.worker.checks import (
 from kerneltest.worker.company.feasible import refusal
 from kerneltest.worker.company.scene import Performance, perform
 from kerneltest.worker.differences import REPEATS, difference, finding, first, share, two_values, unstable
-from kerneltest.worker.execute import raised_by
+from kerneltest.worker.execute import raised_by, refused
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.poison import as_bits
 from kerneltest.worker.rig import Rig
@@ -94,19 +94,20 @@ def play(
     ``kernels``: those that the sequence names. ``fresh``: the digest of the same case alone in a fresh worker.
     ``suspect``: the place to try first, should one be to blame.
     """
-    start, execution = time.perf_counter(), None
+    start = time.perf_counter()
+    if (outcome := refused(kernel, sequence.case, rig.device)) is not None:
+        return outcome
+    if reason := refusal(kernel, sequence, rig):
+        return Outcome(status=Status.UNSUPPORTED, reason=reason)
+    execution = Execution(kernel, sequence.case, rig)
+    playing = _Play(execution, sequence, kernels, fresh, suspect)
     try:
-        if reason := kernel.unsupported(sequence.case, rig.device) or refusal(kernel, sequence, rig):
-            return Outcome(status=Status.UNSUPPORTED, reason=reason)
-        execution = Execution(kernel, sequence.case, rig)
-        playing = _Play(execution, sequence, kernels, fresh, suspect)
         execution.observations.append(execution.observe(execution.uniform(Pattern.ZERO)))
         found = next((found for check in CHECKS if (found := check(playing))), None)
     except Unsupported as error:
         return Outcome(status=Status.UNSUPPORTED, reason=str(error))
     except KernelRaised as raised:
-        launches = execution.launches if execution else 0
-        return raised_by(kernel, raised.error, rig.device, launches, time.perf_counter() - start)
+        return raised_by(kernel, raised.error, rig.device, execution.launches, time.perf_counter() - start)
     return Outcome(
         status=Status.FAILED if found else Status.PASSED,
         seconds=time.perf_counter() - start,
@@ -120,10 +121,10 @@ def play(
 
 def play_alone(kernel: Kernel, sequence: LaunchSequence, rig: Rig) -> Outcome:
     """One launch of the case with nothing around it, for its digest."""
+    if (outcome := refused(kernel, sequence.case, rig.device)) is not None:
+        return outcome
     execution = Execution(kernel, sequence.case, rig)
     try:
-        if reason := kernel.unsupported(sequence.case, rig.device):
-            return Outcome(status=Status.UNSUPPORTED, reason=reason)
         seen = execution.observe(execution.uniform(Pattern.ZERO))
     except Unsupported as error:
         return Outcome(status=Status.UNSUPPORTED, reason=str(error))

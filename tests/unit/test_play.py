@@ -1,0 +1,136 @@
+"""A sequence judged in this process: what a kernel declares and raises, and instability that hides stale state."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import case, paged
+
+from kerneltest.model import (
+    FORMATS,
+    FP32,
+    IEEE_FP32,
+    Call,
+    Device,
+    Kernel,
+    LaunchSequence,
+    Numerics,
+    Place,
+    Repeat,
+    Reuse,
+    Status,
+)
+from kerneltest.worker.company.play import play, play_alone
+from kerneltest.worker.rig import Rig
+
+CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
+CASE = case((3, 3), dtype="float32")
+Outputs = Mapping[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def rig() -> Rig:
+    return Rig(CPU)
+
+
+def numerics(one: Any, device: Device) -> Numerics:
+    return Numerics(qk=IEEE_FP32, pv=IEEE_FP32, p=FP32, out=FORMATS[one.axes.dtype], lse_base="e")
+
+
+def right(call: Call) -> Outputs:
+    """One request: plain attention in fp32, without a mask."""
+    x = call.inputs
+    keys = call.case.axes.requests[0].kv_len
+    pages = x["kv_indices"].long()
+    k, v = (x[name][pages].flatten(0, 1)[:keys, 0] for name in ("k_pages", "v_pages"))
+    scores = x["q"][:, 0] @ k.T * call.case.axes.scale
+    call.outputs["out"][:, 0] = torch.softmax(scores, -1) @ v
+    call.outputs["lse"][:, 0] = torch.logsumexp(scores, -1)
+    return call.outputs
+
+
+def kernel(launch: Callable[[Call], Any] = right, **more: Any) -> Kernel:
+    return Kernel(name="k", operator=paged.paged_prefill, launch=launch, **{"numerics": numerics, **more})
+
+
+def played(of: Kernel, rig: Rig, *steps: Any, **more: Any) -> Any:
+    return play(of, LaunchSequence(case=CASE, steps=steps), rig, {}, **more)
+
+
+def test_a_right_kernel_passes_and_is_judged_once_for_the_same_bits(rig: Rig) -> None:
+    first, second = (played(kernel(), rig, Reuse(), Repeat(times=2)) for _ in range(2))
+    assert (first.status, second.status) == (Status.PASSED, Status.PASSED)
+    assert set(first.used) == {"out", "lse"}
+    assert second.used == {}
+    assert first.repeated == (3, 0)
+
+
+def test_the_digest_is_that_of_the_launch_alone(rig: Rig) -> None:
+    alone = play_alone(kernel(), LaunchSequence(case=CASE), rig)
+    assert alone.digest == played(kernel(), rig, Reuse()).digest
+    doubled = kernel(lambda call: {name: value.mul_(2) for name, value in right(call).items()})
+    assert alone.digest != play_alone(doubled, LaunchSequence(case=CASE), rig).digest
+
+
+def test_other_bits_than_in_the_quiet_worker_are_stale_state(rig: Rig) -> None:
+    outcome = played(kernel(), rig, fresh="0" * 16)
+    assert (outcome.finding.kind, outcome.finding.key) == ("StaleState", "process")
+
+
+def test_a_kernel_that_declares_nothing_is_not_a_crash(rig: Rig) -> None:
+    silent = Kernel(name="k", operator=paged.paged_prefill, launch=right)
+    for outcome in (played(silent, rig), play_alone(silent, LaunchSequence(case=CASE), rig)):
+        assert outcome.finding.kind == "BadNumerics"
+
+
+def test_what_unsupported_raises_is_the_kernels_fault(rig: Rig) -> None:
+    def broken(one: Any, device: Device) -> str | None:
+        raise KeyError("no such table")
+
+    for outcome in (
+        played(kernel(unsupported=broken), rig),
+        play_alone(kernel(unsupported=broken), LaunchSequence(case=CASE), rig),
+    ):
+        assert (outcome.finding.kind, outcome.finding.key) == ("LaunchRaised", "KeyError")
+
+
+def test_a_launch_that_is_wrong_the_second_time_has_left_something_behind(rig: Rig) -> None:
+    def accumulates(call: Call) -> Outputs:
+        right(call)
+        sums = call.workspace(4 * call.outputs["out"].numel()).view(torch.float32)
+        sums = sums[: call.outputs["out"].numel()].view(call.outputs["out"].shape)
+        call.outputs["out"].copy_(sums.add_(call.outputs["out"]))
+        return call.outputs
+
+    finding = played(kernel(accumulates), rig).finding
+    assert (finding.kind, finding.culprit) == ("StaleState", Place.WORKSPACE.value)
+    assert finding.what.endswith("when launched once more")
+
+
+def jitters(call: Call, counter: Any) -> Outputs:
+    right(call)
+    call.outputs["lse"][0] += next(counter) * 2.0**-20
+    return call.outputs
+
+
+def test_a_kernel_that_moves_by_itself_is_nondeterministic(rig: Rig) -> None:
+    counter = itertools.count()
+    finding = played(kernel(lambda call: jitters(call, counter)), rig).finding
+    assert (finding.kind, finding.key) == ("Nondeterministic", "lse")
+
+
+def test_stale_state_shows_although_other_elements_move(rig: Rig) -> None:
+    counter = itertools.count()
+
+    def leaks(call: Call) -> Outputs:
+        jitters(call, counter)
+        call.outputs["out"][1, 0, 0] += call.workspace(64).view(torch.float32)[0] * 0
+        return call.outputs
+
+    finding = played(kernel(leaks), rig).finding
+    assert (finding.kind, finding.culprit) == ("StaleState", Place.WORKSPACE.value)
+    assert finding.what.startswith("out: 1 of ")
