@@ -11,7 +11,7 @@ hunt: $(VENV)/.hunt  ## hunt the attention kernels on whatever device is here, a
 
 test: $(VENV)/.dev  ## the tests of kerneltest itself, and every bug ever found, replayed
 	$(PYTEST) fixtures -rs
-	$(PYTEST) tests -m "not gpu"
+	$(PYTEST) tests -m "not gpu" -n 2 --dist loadfile
 
 test-gpu:  ## the tests that need a GPU; PYTEST="python3 -m pytest -p kerneltest.plugin" runs them without an installation
 	$(PYTEST) tests -m gpu
