@@ -11,7 +11,8 @@ hunt: $(VENV)/.hunt  ## hunt the attention kernels on whatever device is here, a
 
 test: $(VENV)/.dev  ## the tests of kerneltest itself, and every bug ever found, replayed
 	$(PYTEST) fixtures -rs
-	$(PYTEST) tests -m "not gpu" -n 2 --dist loadfile
+	$(PYTEST) tests -m "not gpu" -n 2 --dist loadfile --ignore tests/zoo
+	$(PYTEST) tests/zoo  # alone: how far a crash is shrunk is a matter of time
 
 test-gpu:  ## the tests that need a GPU; PYTEST="python3 -m pytest -p kerneltest.plugin" runs them without an installation
 	$(PYTEST) tests -m gpu

@@ -258,9 +258,6 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
             replace(request, qo_len=1),
             replace(request, kv_len=1),
             replace(request, kv_len=request.qo_len),
-            replace(request, qo_len=-(-request.qo_len // 2)),
-            replace(request, kv_len=max(request.kv_len // 2, 1)),
-            replace(request, kv_len=max(request.kv_len - 1, 1)),
         ):
             if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
                 yield with_requests([*before, shorter, *after])
@@ -282,6 +279,16 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
         yield replace(case, inputs=INPUTS[0].name, axes=replace(axes, sm_scale=None))
     if case.seed:
         yield replace(case, seed=0)
+    # Last, because there may be many of them, and each may cost a worker.
+    for number, request in enumerate(axes.requests):
+        before, after = axes.requests[:number], axes.requests[number + 1 :]
+        for shorter in (
+            replace(request, qo_len=-(-request.qo_len // 2)),
+            replace(request, kv_len=max(request.kv_len // 2, 1)),
+            replace(request, kv_len=max(request.kv_len - 1, 1)),
+        ):
+            if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
+                yield with_requests([*before, shorter, *after])
     # A row without keys has two causes, causal masking and an empty cache; the second is the plainer one.
     if axes.causal and len(axes.requests) == 1:
         yield replace(case, axes=replace(axes, causal=False, requests=(Request(qo_len=1, kv_len=0),)))
