@@ -24,7 +24,7 @@ class Profile:
     cuda: Size
     deadline: float = 20.0
     cold_deadline: float = 900.0
-    shrink_seconds: float = 60.0
+    shrink_seconds: float = 120.0
     cpu_sequences: int = 40
     cuda_sequences: int = 150
     victims: int = 12
