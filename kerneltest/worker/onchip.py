@@ -9,14 +9,12 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from kerneltest.worker.driver import Driver, compile_source
+from kerneltest.worker.driver import Driver
 
 if TYPE_CHECKING:
     import torch
 
     from kerneltest.worker.driver import Argument
-
-_compile = compile_source  # where its test looks for it
 
 _SHARED_THREADS = 1024
 # 256 threads of up to 255 registers (allocated as 256) take the whole register file of one SM: 65536 words.

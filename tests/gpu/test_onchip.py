@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kerneltest.worker import onchip  # noqa: E402
+from kerneltest.worker import driver, onchip  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -67,4 +67,4 @@ def test_word_must_be_unsigned_32_bit(chip: onchip.OnChip, word: int) -> None:
 
 def test_compile_error_carries_the_log() -> None:
     with pytest.raises(RuntimeError, match="no_such_type"):
-        onchip._compile("__global__ void broken(no_such_type *p) {}", "sm_90")
+        driver.compile_source("__global__ void broken(no_such_type *p) {}", "sm_90")
