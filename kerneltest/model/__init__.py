@@ -4,6 +4,7 @@ from kerneltest.model.case import Case
 from kerneltest.model.codec import DecodeError, decode, encode
 from kerneltest.model.failure import (
     FAILURES,
+    BadInputAccepted,
     BadNumerics,
     Crashed,
     Disagreement,
@@ -22,7 +23,9 @@ from kerneltest.model.failure import (
     Unsupported,
     Unwritten,
     VacuousBudget,
+    WrongDistribution,
     WrongOutput,
+    WrongSupport,
 )
 from kerneltest.model.guard import Guard
 from kerneltest.model.messages import Device, Outcome, Run, Start, Started, Status
@@ -36,6 +39,7 @@ from kerneltest.model.numerics import (
     WGMMA_8BIT,
     WGMMA_16BIT,
     AccModel,
+    Arithmetic,
     Fmt,
     Numerics,
 )
@@ -74,6 +78,7 @@ from kerneltest.model.sequence import (
 from kerneltest.model.spec import (
     Call,
     DeadBytes,
+    Draws,
     ErrorBudget,
     InputStrategy,
     Kernel,
@@ -83,6 +88,7 @@ from kerneltest.model.spec import (
     Operator,
     OutputSpec,
     Paging,
+    Rejection,
     Size,
     Workspace,
 )
@@ -99,6 +105,8 @@ __all__ = [
     "WGMMA_16BIT",
     "AccModel",
     "Again",
+    "Arithmetic",
+    "BadInputAccepted",
     "BadNumerics",
     "Beside",
     "Bounded",
@@ -113,6 +121,7 @@ __all__ = [
     "DecodeError",
     "Device",
     "Disagreement",
+    "Draws",
     "EmptyCache",
     "ErrorBudget",
     "Failure",
@@ -153,6 +162,7 @@ __all__ = [
     "Pattern",
     "Place",
     "Poison",
+    "Rejection",
     "Related",
     "Relation",
     "RelationBroken",
@@ -174,7 +184,9 @@ __all__ = [
     "VacuousBudget",
     "Variant",
     "Workspace",
+    "WrongDistribution",
     "WrongOutput",
+    "WrongSupport",
     "decode",
     "encode",
 ]

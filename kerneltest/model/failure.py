@@ -48,6 +48,18 @@ class Mismatch(Failure):
     """An output outside the interval that the error budget allows."""
 
 
+class WrongSupport(Failure):
+    """A draw, or a set of tokens, that the declared rule excludes, or one that lacks what the rule includes."""
+
+
+class WrongDistribution(Failure):
+    """Draws that do not follow the distribution that they must, beyond a fixed probability of a false alarm."""
+
+
+class BadInputAccepted(Failure):
+    """A call that makes no sense was answered: neither with an error nor with the right answer."""
+
+
 class StaleState(Failure):
     """The answer depends on bytes that nobody gave to the kernel."""
 
@@ -109,6 +121,9 @@ FAILURES: dict[str, type[Failure]] = {
     for cls in (
         NonFinite,
         Mismatch,
+        WrongSupport,
+        WrongDistribution,
+        BadInputAccepted,
         StaleState,
         Nondeterministic,
         Unwritten,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,23 @@ DIVISION = 2.0**-22
 LOGARITHM = 2.0**-21
 # Below this fp32 has no normal numbers: arithmetic that flushes them to zero is off by as much.
 FLUSHED = 2.0**FP32.emin
+
+
+class Arithmetic(Protocol):
+    """What any operator's declared arithmetic has; the rest of it is between the operator's budget and its kernels.
+
+    ``slack`` multiplies the error budget, ``batch_invariant`` promises that a request's bits do not depend on the
+    others of its batch, ``plain`` is the same kernel in nothing but fp32.
+    """
+
+    @property
+    def slack(self) -> float: ...
+
+    @property
+    def batch_invariant(self) -> bool: ...
+
+    @property
+    def plain(self) -> Arithmetic: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

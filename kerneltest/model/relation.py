@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kerneltest.model.case import Case
-from kerneltest.model.numerics import Numerics
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +47,7 @@ class Related:
     """
 
     variants: tuple[Variant, ...]
-    back: Callable[[Sequence[Mapping[str, Bounded]], Numerics], Mapping[str, Bounded]]
+    back: Callable[[Sequence[Mapping[str, Bounded]], Any], Mapping[str, Bounded]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kerneltest.model.case import Case
 from kerneltest.model.messages import Device
-from kerneltest.model.numerics import Fmt, Numerics
+from kerneltest.model.numerics import Arithmetic, Fmt
 from kerneltest.model.poison import Pattern, Place
 from kerneltest.model.relation import Relation
 
@@ -37,12 +37,18 @@ class InputStrategy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Upper limits of a drawn case: requests in a batch, query and KV tokens of one request, query heads."""
+    """Upper limits of a drawn case.
+
+    Of attention: requests in a batch, query and KV tokens of one request, query heads. Of what works on distributions
+    over tokens: ``rows`` and the ``vocabulary``.
+    """
 
     batch: int
     qo_len: int
     kv_len: int
     heads: int
+    rows: int = 8
+    vocabulary: int = 5000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +109,35 @@ class ErrorBudget:
     noise: Noise | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """Why a certificate rejects an output that no error budget can judge, such as a token or a set of them.
+
+    ``kind`` names a class of :data:`~kerneltest.model.failure.FAILURES`. ``what`` is one sentence, ``details`` are the
+    lines below it. ``by_chance``: the verdict rests on the improbability of these draws.
+    """
+
+    kind: Literal["WrongSupport", "WrongDistribution", "Mismatch", "NonFinite"]
+    output: str
+    what: str
+    details: tuple[str, ...] = ()
+    by_chance: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draws:
+    """How the random outputs of an operator are held against the distribution that they must follow.
+
+    ``cases(size)``: a fixed portfolio of cases, in each of which all rows follow one distribution, independently, and
+    so do launches that differ in :attr:`Call.draw`. ``probabilities(case, inputs, device)``: that distribution over K
+    categories, float64 [K], from the host tensors. ``categories(outputs)``: which of them each row drew, int64 [rows].
+    """
+
+    cases: Callable[[Size], tuple[Case[Any], ...]]
+    probabilities: Callable[[Case[Any], Mapping[str, torch.Tensor], str], torch.Tensor]
+    categories: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+
+
 class Workspace(Protocol):
     """Hands out scratch memory, uint8 and at least 256-byte aligned.
 
@@ -122,6 +157,8 @@ class Call:
     kernel's ``plan`` returned; inside ``plan`` it is None, or an earlier one that is to be planned anew instead of
     making another (:attr:`LaunchContract.replans`). ``captured``: the launch will be captured in a CUDA graph, and
     replayed with other values and lengths in the same buffers. ``pdl``: launch with programmatic stream serialization.
+    ``draw``: the number of the launch in a series, each of which has to use random numbers of its own; launches of
+    equal number use the same.
     """
 
     case: Case[Any]
@@ -132,6 +169,7 @@ class Call:
     plan: Any = None
     captured: bool = False
     pdl: bool = False
+    draw: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +181,12 @@ class Paging:
 
 
 def _nothing_simpler(_case: Case[Any]) -> Iterable[Case[Any]]:
+    return ()
+
+
+def _certifies_nothing(
+    _case: Case[Any], _terms: Any, _numerics: Any, _outputs: Mapping[str, torch.Tensor]
+) -> Iterable[Rejection]:
     return ()
 
 
@@ -164,6 +208,8 @@ class Operator:
     ``captures(case)``: draws cases whose tensors are nowhere smaller than those of ``case``, and equal in all that is
     not a leading dimension: what a CUDA graph may have been captured with before it is replayed for ``case``.
     ``explain(case, inputs, outputs)``: a sentence that names the cause of wrong outputs, or None; tensors on the host.
+    ``certified``: the outputs that ``certify(case, terms, numerics, outputs)`` judges instead of a budget: discrete
+    ones, of which many may be right. ``draws``: the distribution that random outputs follow, if they do.
     """
 
     name: str
@@ -172,13 +218,16 @@ class Operator:
     cases: Callable[[Size], SearchStrategy[Case[Any]]]
     materialize: Callable[[Case[Any]], Materials]
     reference: Callable[[Case[Any], Mapping[str, torch.Tensor], str], Any]
-    budget: Callable[[Case[Any], Any, Numerics, InputStrategy], Mapping[str, ErrorBudget]]
+    budget: Callable[[Case[Any], Any, Any, InputStrategy], Mapping[str, ErrorBudget]]
     locate: Callable[[Case[Any], str, tuple[int, ...]], str]
     simpler: Callable[[Case[Any]], Iterable[Case[Any]]] = _nothing_simpler
     relations: tuple[Relation, ...] = ()
     paging: Paging | None = None
     captures: Callable[[Case[Any]], SearchStrategy[Case[Any]]] | None = None
     explain: Callable[[Case[Any], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], str | None] = _no_idea
+    certified: tuple[str, ...] = ()
+    certify: Callable[[Case[Any], Any, Any, Mapping[str, torch.Tensor]], Iterable[Rejection]] = _certifies_nothing
+    draws: Draws | None = None
 
     def strategy(self, name: str) -> InputStrategy:
         """The input strategy of that name; raises ValueError that lists the valid ones."""
@@ -205,7 +254,7 @@ def _one_specialisation(_case: Case[Any]) -> str:
     return ""
 
 
-def _no_numerics(_case: Case[Any], _device: Device) -> Numerics:
+def _no_numerics(_case: Case[Any], _device: Device) -> Arithmetic:
     raise ValueError("the kernel declares no numerics")
 
 
@@ -252,7 +301,7 @@ class Kernel:
     name: str
     operator: Operator
     launch: Callable[[Call], Mapping[str, torch.Tensor]]
-    numerics: Callable[[Case[Any], Device], Numerics] = _no_numerics
+    numerics: Callable[[Case[Any], Device], Arithmetic] = _no_numerics
     plan: Callable[[Call], Any] | None = None
     unsupported: Callable[[Case[Any], Device], str | None] = _supports_all
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -268,7 +317,7 @@ class Kernel:
         for name in self.inexact:
             self.operator.relation(name)
 
-    def keeps_bits(self, relation: Relation, numerics: Numerics) -> bool:
+    def keeps_bits(self, relation: Relation, numerics: Arithmetic) -> bool:
         """Whether the kernel promises equal bits, not only equal answers, for the relation."""
         if not self.deterministic or relation.name in self.inexact:
             return False

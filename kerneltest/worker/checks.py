@@ -102,6 +102,25 @@ def outputs_lie_within_budget(execution: Execution) -> Finding | None:
     return next(filter(None, findings), None)
 
 
+def outputs_are_certified(execution: Execution) -> Finding | None:
+    """What no error budget can judge, by the operator's certificate."""
+    operator = execution.kernel.operator
+    if not set(operator.certified) & set(execution.expected):
+        return None
+    numerics = execution.kernel.numerics(execution.case, execution.device)
+    outputs = execution.observations[0].outputs
+    for found in operator.certify(execution.case, execution.terms, numerics, outputs):
+        return finding(
+            execution,
+            found.kind,
+            key=found.output,
+            what=f"{found.output}: {found.what}",
+            details=found.details,
+            by_chance=found.by_chance,
+        )
+    return None
+
+
 def rejected(execution: Execution, name: str, verdict: Verdict) -> Finding | None:
     seen, where = verdict.comparison, ""
     if verdict.failed is Tier.FINITE:
@@ -158,6 +177,7 @@ CHECKS: tuple[Callable[[Execution], Finding | None], ...] = (
     outputs_are_written,
     answer_is_independent_of_poison,
     outputs_lie_within_budget,
+    outputs_are_certified,
     relation_holds,
     agrees_with_its_peer,
 )

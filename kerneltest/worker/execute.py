@@ -44,10 +44,16 @@ def execute(kernel: Kernel, case: Case[Any], rig: Rig, peer: Kernel | None = Non
         energy={name: verdict.energy for name, verdict in verdicts.items() if verdict.energy is not None},
         slack=kernel.numerics(case, device).slack,
         wide=() if finding else execution.wide,
-        unjudged=tuple(sorted(set(execution.materials.outputs) - set(verdicts))) if finding is None else (),
+        unjudged=_unjudged(execution) if finding is None else (),
         unchecked_relation=execution.unchecked_relation,
         compared_with=execution.compared_with,
     )
+
+
+def _unjudged(execution: Execution) -> tuple[str, ...]:
+    """The outputs that neither a budget nor a certificate says anything of."""
+    certified = set(execution.kernel.operator.certified) & set(execution.expected)
+    return tuple(sorted(set(execution.materials.outputs) - set(execution.verdicts) - certified))
 
 
 def refused(kernel: Kernel, case: Case[Any], device: Device) -> Outcome | None:
