@@ -214,6 +214,11 @@ def _options(config: pytest.Config) -> Options:
         if option.kernel_sequences < 0:
             raise pytest.UsageError(f"--kernel-sequences: expected 0 or more, got {option.kernel_sequences}")
         profile = replace(profile, cpu_sequences=option.kernel_sequences, cuda_sequences=option.kernel_sequences)
+    if option.kernel_modules is not None:
+        if option.kernel_modules < 1:
+            raise pytest.UsageError(f"--kernel-modules: expected 1 or more, got {option.kernel_modules}")
+        most = option.kernel_modules
+        profile = replace(profile, compiles=most, modules=min(profile.modules, most))
     if not DEVICE.fullmatch(option.kernel_device):
         raise pytest.UsageError(
             f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"

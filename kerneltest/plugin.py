@@ -59,6 +59,14 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "launch sequences for each kernel, 0 for none (default: as the profile says)",
         },
     ),
+    (
+        "--kernel-modules",
+        {
+            "type": int,
+            "metavar": "N",
+            "help": "compile at most N specialisations of each kernel, refuse cases of others (default: any number)",
+        },
+    ),
     ("--kernel-seed", {"type": int, "metavar": "N", "help": "what all cases are drawn from (default: a new one)"}),
     (
         "--kernel-report",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from kerneltest import discovery
 from kerneltest.engine import repro
+from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import hunt_sequences, replay_sequence
 from kerneltest.engine.hunt import Caught, Target, Trail, hunt, replay
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
@@ -166,10 +167,11 @@ class Session:
         return self._record(suite, kernel, trail, unchecked=() if trail.cases else (nothing,), hunt="sequences"), None
 
     @cached_property
-    def neighbours(self) -> dict[str, Target]:
-        """Every kernel of every suite that can run here, by name."""
+    def neighbours(self) -> Neighbours:
+        """Every kernel of every suite that can run here."""
         started = self.runner.started
-        return {one.kernel.name: one for one in self._targets if not _unmet(one.kernel, started)}
+        targets = {one.kernel.name: one for one in self._targets if not _unmet(one.kernel, started)}
+        return Neighbours(targets=targets, seed=self.options.seed)
 
     def replay(
         self, suite: str, target: Target, case: Case[Any] | LaunchSequence, path: Path
@@ -181,11 +183,11 @@ class Session:
         target = replace(target, peers=self._peers(kernel))
         hunt: Literal["cases", "sequences"] = "sequences" if isinstance(case, LaunchSequence) else "cases"
         if isinstance(case, LaunchSequence):
-            absent = [step.kernel for step in case.neighbours if step.kernel not in self.neighbours]
+            absent = [step.kernel for step in case.neighbours if step.kernel not in self.neighbours.targets]
             if absent:
                 why = f"{absent[0]}, which runs before it, cannot run here"
                 return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=why),)), None
-            trail = replay_sequence(target, self.neighbours, self.runner, self.quiet, profile, case)
+            trail = replay_sequence(target, self.neighbours.targets, self.runner, self.quiet, profile, case)
         else:
             trail = replay(target, self.runner, profile, case)
         if trail.caught is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kerneltest.engine.chase import draw
@@ -47,6 +47,18 @@ class Cast:
         return tuple(self.digests)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbours:
+    """Every kernel that can run here, by name. Their cases are drawn from ``seed`` once for all hunts of a run.
+
+    ``right``: those cases that run alone, of the kernels that were asked so far.
+    """
+
+    targets: Mapping[str, Target]
+    seed: int
+    right: dict[str, tuple[Case[Any], ...]] = field(default_factory=dict)
+
+
 # Runs a case of a kernel alone.
 Alone = Callable[[Runner, Target, Case[Any]], Outcome]
 
@@ -54,7 +66,7 @@ Alone = Callable[[Runner, Target, Case[Any]], Outcome]
 def assemble(
     alone: Alone,
     target: Target,
-    neighbours: Mapping[str, Target],
+    neighbours: Neighbours,
     runner: Runner,
     quiet: Runner | None,
     profile: Profile,
@@ -68,10 +80,12 @@ def assemble(
     cases = _playable(alone, quiet or runner, target, profile, profile.victims, seed_value)
     others: dict[str, tuple[Case[Any], ...]] = {}
     if cases and Neighbour.kind in kinds:
-        for name, other in neighbours.items():
-            playable = _playable(alone, runner, other, profile, NEIGHBOUR_CASES, seed_value)
-            if right := tuple(case for case, digest in playable.items() if digest):
-                others[name] = right
+        for name, other in neighbours.targets.items():
+            if name not in neighbours.right:
+                playable = _playable(alone, runner, other, profile, NEIGHBOUR_CASES, neighbours.seed)
+                neighbours.right[name] = tuple(case for case, digest in playable.items() if digest)
+            if neighbours.right[name]:
+                others[name] = neighbours.right[name]
     possible = [kind for kind in STEPS if kind in kinds and kind not in started.no_steps]
     if not others and Neighbour.kind in possible:
         possible.remove(Neighbour.kind)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
-from kerneltest.engine.casting import Cast, assemble
+from kerneltest.engine.casting import Cast, Neighbours, assemble
 from kerneltest.engine.chase import Chase, draw
 from kerneltest.engine.guards import blamed_on_the_guard, named, out_of_bounds
 from kerneltest.engine.hunt import CONFIRMATIONS, Caught, Target, Trail, opinions
@@ -162,7 +162,7 @@ def _far_out_of_bounds(death: Finding) -> Finding:
 
 def hunt_sequences(
     target: Target,
-    neighbours: Mapping[str, Target],
+    neighbours: Neighbours,
     runner: Runner,
     quiet: Runner | None,
     profile: Profile,
@@ -171,10 +171,10 @@ def hunt_sequences(
 ) -> Trail:
     """Play ``profile.sequences`` drawn sequences around the kernel, and reduce the first failure.
 
-    ``neighbours``: every kernel that can run here, by name. ``kinds``: the kinds of steps to draw. Raises
+    ``neighbours``: every kernel that can run here. ``kinds``: the kinds of steps to draw. Raises
     :class:`~kerneltest.engine.pool.WorkerFailed` if no worker can be had.
     """
-    state = _Company(target, neighbours, runner, quiet, profile)
+    state = _Company(target, neighbours.targets, runner, quiet, profile)
     cast = assemble(state.alone, target, neighbours, runner, quiet, profile, kinds, seed_value)
     if quiet is not None:
         state.fresh |= cast.digests

@@ -111,6 +111,7 @@ class _Hunt:
     launches: int = 0
     lethal_peers: set[str] = field(default_factory=set)
     slowest: float = 0.0
+    modules: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.chase = Chase(self.run_again, self.profile.shrink_seconds)
@@ -125,6 +126,15 @@ class _Hunt:
 
     def run_again(self, case: Case[Any]) -> Outcome:
         """Run a case in the worker, whatever is known of it."""
+        module, limit = self.target.kernel.specialisation(case), self.profile.compiles
+        if limit is not None and module not in self.modules and len(self.modules) >= limit:
+            return Outcome(status=Status.UNSUPPORTED, reason=f"this run compiles {limit} specialisations at most")
+        outcome = self._run(case)
+        if outcome.status is not Status.UNSUPPORTED:
+            self.modules.add(module)
+        return outcome
+
+    def _run(self, case: Case[Any]) -> Outcome:
         peer = self._peer(case)
         outcome = self._ask(case, peer)
         if outcome.fatal and peer:

@@ -15,7 +15,8 @@ class Profile:
     ``shrink_seconds``: how long a failing case may be shrunk. ``cpu_sequences``, ``cuda_sequences``: launch sequences
     for each kernel, around ``victims`` cases of it; ``modules``: of how many specialisations its cases are there,
     since what runs before a launch matters, and each module has to be compiled; ``every_pair``: whether every launch
-    has to run before every kernel, and every kind of step behind every other.
+    has to run before every kernel, and every kind of step behind every other. ``compiles``: how many specialisations of
+    a kernel may be compiled in all, the first that are drawn (None: any number).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Profile:
     victims: int = 12
     modules: int = 1
     every_pair: bool = False
+    compiles: int | None = None
 
     def size(self, device: Device) -> Size:
         return self.cuda if device.kind == "cuda" else self.cpu

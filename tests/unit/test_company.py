@@ -13,6 +13,7 @@ import pytest
 from attention_cases import case, paged
 from hypothesis import strategies as st
 
+from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import BATCH, hunt_sequences, replay_sequence
 from kerneltest.engine.hunt import Caught, Target, Trail
 from kerneltest.engine.pool import Company, Peer
@@ -160,7 +161,7 @@ def has(sequence: LaunchSequence, step: type[Any], **fields: Any) -> bool:
 
 def hunted(runner: Runner, seed: int = 1, profile: Any = PROFILE, kinds: Collection[str] = tuple(STEPS)) -> Trail:
     quiet = Runner(name="quiet", guards=runner.started.no_guards is None)
-    return hunt_sequences(TARGET, NEIGHBOURS, runner, quiet, profile, seed, kinds)
+    return hunt_sequences(TARGET, Neighbours(targets=NEIGHBOURS, seed=1), runner, quiet, profile, seed, kinds)
 
 
 def caught(runner: Runner, seed: int = 1, kinds: Collection[str] = tuple(STEPS)) -> tuple[Caught, LaunchSequence]:
@@ -405,7 +406,7 @@ def test_only_the_kinds_that_were_asked_for_are_drawn() -> None:
 
 def test_steps_that_share_the_plan_need_a_kernel_that_plans_anew() -> None:
     runner, target = Runner(), replace(TARGET, kernel=replace(TARGET.kernel, contract=LaunchContract()))
-    hunt_sequences(target, {}, runner, None, PROFILE, 1, ("again",))
+    hunt_sequences(target, Neighbours(targets={}, seed=1), runner, None, PROFILE, 1, ("again",))
     drawn = {step.keeps.value for sequence in runner.sequences for step in sequence.steps if isinstance(step, Again)}
     assert drawn == {"nothing", "workspace"}
     hunted(planning := Runner(), kinds=("again",))
@@ -426,7 +427,7 @@ def test_the_same_seed_draws_the_same_sequences() -> None:
 
 def test_sequences_are_held_against_what_the_quiet_worker_gives() -> None:
     quiet, runner = Runner(name="quiet"), Runner(name="busy")
-    trail = hunt_sequences(TARGET, NEIGHBOURS, runner, quiet, PROFILE, 1)
+    trail = hunt_sequences(TARGET, Neighbours(targets=NEIGHBOURS, seed=1), runner, quiet, PROFILE, 1)
     assert all(company.fresh == f"quiet {company.sequence.case.id}" for company in runner.played)
     assert len(runner.played) >= PROFILE.cpu_sequences
     # Nothing but the kernel alone ever runs there, and each case once.
@@ -438,7 +439,7 @@ def test_sequences_are_held_against_what_the_quiet_worker_gives() -> None:
 
 def test_without_a_quiet_worker_that_is_told() -> None:
     runner = Runner()
-    trail = hunt_sequences(TARGET, NEIGHBOURS, runner, None, PROFILE, 1)
+    trail = hunt_sequences(TARGET, Neighbours(targets=NEIGHBOURS, seed=1), runner, None, PROFILE, 1)
     assert unchecked(trail) == {
         "equality with a fresh worker": "there is no second worker with --kernel-isolation=inprocess"
     }
@@ -448,7 +449,7 @@ def test_without_a_quiet_worker_that_is_told() -> None:
 def test_a_case_that_dies_in_the_quiet_worker_has_no_digest() -> None:
     quiet, runner = Runner(name="quiet"), Runner()
     quiet.lethal = lambda name: True
-    hunt_sequences(TARGET, NEIGHBOURS, runner, quiet, PROFILE, 1)
+    hunt_sequences(TARGET, Neighbours(targets=NEIGHBOURS, seed=1), runner, quiet, PROFILE, 1)
     assert runner.played
     assert all(company.fresh is None for company in runner.played)
 

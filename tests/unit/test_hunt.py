@@ -294,3 +294,13 @@ def test_a_peer_that_was_never_compared_is_told() -> None:
         ("rule: agreement with two", "no case was right in both")
     ]
     assert hunt(beside("one", "two"), Rule(lambda c: None), QUICK, 1).unchecked == ()
+
+
+def test_compiles_no_more_specialisations_than_allowed() -> None:
+    kernel = replace(TARGET.kernel, specialisation=lambda case: f"d{case.axes.head_dim}")
+    runner = Rule(lambda case: "unsupported" if case.axes.head_dim == 128 else None)
+    trail = hunt(replace(TARGET, kernel=kernel), runner, replace(QUICK, compiles=1), 1)
+    # What the kernel refuses is not compiled, and does not count.
+    assert len({case.axes.head_dim for case in runner.asked if case.axes.head_dim != 128}) == 1
+    assert len(trail.cases) > QUICK.cases // 2
+    assert trail.unsupported["this run compiles 1 specialisations at most"] > 0
