@@ -16,8 +16,8 @@ import torch
 
 from kerneltest.model import FORMATS, Case
 
+from ._axes import PagedPrefill
 from ._inputs import first_tokens, moduli, total_tokens
-from .paged_prefill import PagedPrefill
 
 # Rows that are looked at, sentences that are said, and tokens named where it must be one of several.
 MOST_ROWS = 256

@@ -10,7 +10,8 @@ import torch
 
 from kerneltest.model import FORMATS, FP32, Case
 
-from .paged_prefill import LN_2, TILES, PagedPrefill
+from ._axes import LN_2, PagedPrefill
+from ._cases import TILES
 
 Values = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

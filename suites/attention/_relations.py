@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from kerneltest.model import Case, Materials, Related, Relation
 
 if TYPE_CHECKING:
-    from .paged_prefill import PagedPrefill, Request
+    from ._axes import PagedPrefill, Request
 
 
 def _transform(name: str, case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...]:

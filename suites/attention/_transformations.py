@@ -27,8 +27,8 @@ from kerneltest.model import (
     Variant,
 )
 
+from ._axes import PagedPrefill, Request
 from ._relations import common_pages
-from .paged_prefill import PagedPrefill, Request
 
 Answer = Mapping[str, Bounded]
 # Even, so that a kernel that multiplies q and k by the root of the scale each still divides by a power of two.

@@ -177,16 +177,16 @@ def test_locate_speaks_of_requests_and_tokens() -> None:
 
 @pytest.fixture(scope="module")
 def drawn() -> list[Case[Any]]:
-    """1500 draws, the same in every run."""
+    """2500 draws, the same in every run."""
     seen: list[Case[Any]] = []
 
-    @draws(1500)
+    @draws(2500)
     @given(paged.cases(WIDE))
     def collect(case: Case[Any]) -> None:
         seen.append(case)
 
     collect()
-    assert len(seen) >= 1500
+    assert len(seen) >= 2500
     return seen
 
 
