@@ -29,6 +29,7 @@ from kerneltest.model.failure import (
 )
 from kerneltest.model.guard import Guard
 from kerneltest.model.messages import Device, Outcome, Run, Start, Started, Status
+from kerneltest.model.misuse import Misuse, Misused, MisuseTally
 from kerneltest.model.numerics import (
     BF16,
     FORMATS,
@@ -146,6 +147,9 @@ __all__ = [
     "Load",
     "Materials",
     "Mismatch",
+    "Misuse",
+    "MisuseTally",
+    "Misused",
     "Neighbour",
     "Noise",
     "NonFinite",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from kerneltest.model.failure import Finding
+from kerneltest.model.misuse import Misuse
 from kerneltest.model.poison import Coverage
 
 
@@ -64,6 +65,7 @@ class Run:
     happens around the launch, as JSON; then ``neighbours`` says where the kernels that it names live, and ``fresh``
     what the case alone gave in a fresh worker. ``alone``: only that digest is wanted, nothing is judged. ``guarded``:
     the one buffer that lies at a guard page, None for all of them. ``suspect``: the place to try first as the culprit.
+    ``misuse``: what is wrong with the call. ``misuses``: only what can be is wanted, of a case that is right without.
     """
 
     source: str
@@ -76,6 +78,8 @@ class Run:
     alone: bool = False
     guarded: str | None = None
     suspect: str | None = None
+    misuse: Misuse | None = None
+    misuses: bool = False
 
 
 class Status(Enum):
@@ -97,6 +101,8 @@ class Outcome:
     peer whose outputs were held against these. ``digest``: of the bits of a launch alone, where one was asked for.
     ``repeated``: how many launches were compared with the first, and how many of them differed from it. ``buffers``:
     the names of those that lay at guard pages, or could have.
+    ``misuses``: what can be wrong with the call, where that was asked. ``reaction``: how a call in which something was
+    wrong ended if it did not fail: with an error, whose text is then the ``reason``, or with the right answer.
     ``fatal``: the device context is lost, this worker is of no further use.
     """
 
@@ -115,4 +121,6 @@ class Outcome:
     digest: str | None = None
     repeated: tuple[int, int] | None = None
     buffers: tuple[str, ...] = ()
+    misuses: tuple[Misuse, ...] = ()
+    reaction: Literal["", "raised", "raised without a clear message", "right"] = ""
     fatal: bool = False

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from kerneltest.model.messages import Device, Status
+from kerneltest.model.misuse import MisuseTally
 from kerneltest.model.poison import Coverage
 
 
@@ -86,13 +87,14 @@ class KernelRecord:
     sequences, which are then what ``cases`` holds. For those, ``before`` counts how often each other launch (a kernel's
     name, or ``torch.`` and an operation) was the last one before the kernel, ``kinds`` the pairs of step kinds side by
     side ("poison > launch"), ``repeated`` the launches compared with the first of their kind, and those that differed.
+    In a hunt of bad input ``cases`` holds the calls with something wrong, and ``misuses`` says what became of them.
     """
 
     name: str
     suite: str
     verdict: Conclusion
     seconds: float
-    hunt: Literal["cases", "sequences"] = "cases"
+    hunt: Literal["cases", "sequences", "misuse"] = "cases"
     cases: tuple[CaseRecord, ...] = ()
     unsupported: Mapping[str, int] = field(default_factory=dict)
     launches: int = 0
@@ -105,11 +107,12 @@ class KernelRecord:
     before: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict)
     repeated: tuple[int, int] = (0, 0)
+    misuses: MisuseTally | None = None
 
     @property
     def title(self) -> str:
         """The kernel's name, and what was hunted if that is not single cases."""
-        return self.name if self.hunt == "cases" else f"{self.name} in company"
+        return self.name + {"cases": "", "sequences": " in company", "misuse": " on bad input"}[self.hunt]
 
     @property
     def used(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ SCHEMA = "kerneltest.case/1"
 class Repro:
     """A minimal failing case. ``found_on`` says with which device and versions it was seen; it is not compared.
 
-    ``sequence``: the steps around its launch, where the case alone is right.
+    ``sequence``: the steps around its launch, where the case alone is right. ``misuse``: what is wrong with the call.
     """
 
     schema: str
@@ -25,6 +25,7 @@ class Repro:
     what: str
     case: Any
     sequence: Any = None
+    misuse: Any = None
     found_on: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

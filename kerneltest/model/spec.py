@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kerneltest.model.case import Case
 from kerneltest.model.messages import Device
+from kerneltest.model.misuse import known_kind
 from kerneltest.model.numerics import Arithmetic, Fmt
 from kerneltest.model.poison import Pattern, Place
 from kerneltest.model.relation import Relation
@@ -205,6 +206,7 @@ class Operator:
     ``locate(case, output, index)``: an index in the words of the domain, such as "request 3, token 17, head 2, dim 5".
     ``simpler(case)``: cases one step simpler, tried after Hypothesis has shrunk what it drew; must not cycle.
     ``relations``: the metamorphic relations that a case may name. ``paging``: which inputs are pages, if any.
+    ``addresses``: other integer inputs that hold indices, each with the input whose leading dimension they count along.
     ``captures(case)``: draws cases whose tensors are nowhere smaller than those of ``case``, and equal in all that is
     not a leading dimension: what a CUDA graph may have been captured with before it is replayed for ``case``.
     ``explain(case, inputs, outputs)``: a sentence that names the cause of wrong outputs, or None; tensors on the host.
@@ -223,6 +225,7 @@ class Operator:
     simpler: Callable[[Case[Any]], Iterable[Case[Any]]] = _nothing_simpler
     relations: tuple[Relation, ...] = ()
     paging: Paging | None = None
+    addresses: Mapping[str, str] = field(default_factory=dict)
     captures: Callable[[Case[Any]], SearchStrategy[Case[Any]]] | None = None
     explain: Callable[[Case[Any], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], str | None] = _no_idea
     certified: tuple[str, ...] = ()
@@ -271,7 +274,10 @@ class LaunchContract:
     values of the same case; ``"lengths"``: for other lengths as well, planned anew if there is a plan; None: not at
     all). ``graph_bits``: a replay promises the bits of an eager launch, and not only an answer within the budget.
     ``pdl``: there is a switch for programmatic dependent launch. ``refuses(step, case, device)``: why a kind of step
-    cannot be taken around this case, or None.
+    cannot be taken around this case, or None. ``trusts``: the kinds of bad input
+    (:data:`~kerneltest.model.misuse.KINDS`) that the kernel leaves to its caller, each with the reason.
+
+    Raises ValueError for a kind of bad input that is none.
     """
 
     replans: bool = False
@@ -280,6 +286,11 @@ class LaunchContract:
     graph_bits: bool = True
     pdl: bool = False
     refuses: Callable[[str, Case[Any], Device], str | None] = _takes_all
+    trusts: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in self.trusts:
+            known_kind(kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
