@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from hypothesis import strategies as st
 
 
+@cache
 def edges(limit: int, *tiles: int, minimum: int = 0) -> st.SearchStrategy[int]:
     """Lengths from ``minimum`` to ``limit`` that crowd around the tile edges, where kernels change their path.
 
     A draw is uniform, or one of 0, 1 and some primes, or a multiple of one of the tiles or its neighbour.
-    Shrinks towards 1: the simplest length is an ordinary one, and 0 a special case.
+    Shrinks towards 1: the simplest length is an ordinary one, and 0 a special case. Made once for equal arguments:
+    Hypothesis validates every strategy that is new to it, which costs more than to draw from it.
     """
     if not 0 <= minimum <= limit or limit < 1:
         raise ValueError(f"expected 0 <= minimum <= limit and limit >= 1, got {minimum} and {limit}")
