@@ -31,9 +31,9 @@ class Misuse:
     """One thing that is wrong with a call.
 
     ``role`` and ``argument``: an input or an output of that name, a parameter (a field of the case's axes), or the
-    workspace. ``kind`` is one of :data:`KINDS`, ``change`` tells apart what can be done of one kind to one argument, and
-    ``says`` completes the sentence that begins with the argument. ``benign``: what is meant is as clear as before, so
-    that the right answer is the natural one; all others make no sense.
+    workspace. ``kind`` is one of :data:`KINDS`, ``change`` tells apart what can be done of one kind to one argument,
+    and ``says`` completes the sentence that begins with the argument. ``benign``: what is meant is as clear as before,
+    so that the right answer is the natural one; all others make no sense.
 
     Raises ValueError for a kind that is none.
     """

@@ -51,17 +51,21 @@ class Execution:
 
     def observe(self, plan: Plan) -> Observation:
         """Launch once under ``plan``. Nothing of an earlier launch is left for this one to profit from."""
-        poisoner = self.rig.poisoner
-        self.launches += 1
         with self.rig.memory.arena(self.case.guard) as arena:
             staged = Staged(self.kernel, self.case, self.materials, self.device, arena, plan)
-            with poisoner.pool(plan[Place.ALLOCATOR_POOL]):
-                staged.plan()
-                poisoner.chip(plan)
-                returned = staged.launch()
-                with blamed_on_the_kernel():
-                    devices.synchronize(self.device)
-            return staged.observed(returned)
+            return staged.observed(self.launched(staged, plan))
+
+    def launched(self, staged: Staged, plan: Plan) -> Any:
+        """Plan, poison what is hidden, launch and wait; returns what the kernel returned."""
+        poisoner = self.rig.poisoner
+        self.launches += 1
+        with poisoner.pool(plan[Place.ALLOCATOR_POOL]):
+            staged.plan()
+            poisoner.chip(plan)
+            returned = staged.launch()
+            with blamed_on_the_kernel():
+                devices.synchronize(self.device)
+        return returned
 
     def beside(self, peer: Kernel) -> Execution:
         """The same case run by another kernel, judged by the same reference."""

@@ -32,6 +32,7 @@ class Worker:
         from kerneltest.worker.company.feasible import impossible_steps
         from kerneltest.worker.company.torch_ops import OPS
         from kerneltest.worker.device import NoDevice, open_device
+        from kerneltest.worker.misuse import Misuser
         from kerneltest.worker.rig import Rig
 
         discovery.use_roots([Path(root) for root in start.suite_roots])
@@ -40,6 +41,7 @@ class Worker:
         except NoDevice as error:
             return Started(device=None, error=str(error))
         self._rig = Rig(device)
+        self._misuser = Misuser(self._rig)
         coverage = self._rig.poisoner.prove()
         self._rig.impossible = impossible_steps(self._rig)
         libraries: dict[str, str] = {}
@@ -72,6 +74,10 @@ class Worker:
 
         kernel = self._kernel(run.source, run.kernel)
         case: Case[Any] = Case.from_json(run.case, kernel.operator.axes)
+        if run.misuses:
+            return self._misuser.misuses(kernel, case)
+        if run.misuse is not None:
+            return self._misuser.run(kernel, case, run.misuse)
         if run.sequence is None:
             peer = self._kernel(*run.peer) if run.peer else None
             return execute(kernel, case, self._rig, peer)

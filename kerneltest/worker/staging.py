@@ -201,11 +201,16 @@ class Staged:
         with blamed_on_the_kernel():
             return self.kernel.launch(self.call)
 
-    def observed(self, returned: Any) -> Observation:
-        """What a launch that is over has done; ``returned`` is what it returned."""
-        mutated = tuple(
+    @property
+    def mutated(self) -> tuple[str, ...]:
+        """The inputs that do not hold any more what they should."""
+        return tuple(
             name for name, live in self.live.items() if not torch.equal(as_bits(live), as_bits(self.pristine[name]))
         )
+
+    def observed(self, returned: Any) -> Observation:
+        """What a launch that is over has done; ``returned`` is what it returned."""
+        mutated = self.mutated
         expected = expected_outputs(self.kernel, self.materials)
         damage = self._arena.damage()
         returned = self.clipped(returned)
