@@ -2,6 +2,7 @@
 
 from kerneltest.model.case import Case
 from kerneltest.model.codec import DecodeError, decode, encode
+from kerneltest.model.evidence import Counts, Evidence, Series
 from kerneltest.model.failure import (
     FAILURES,
     BadInputAccepted,
@@ -48,6 +49,7 @@ from kerneltest.model.poison import Coverage, Pattern, Place
 from kerneltest.model.record import (
     CaseRecord,
     Conclusion,
+    DistributionRecord,
     FailureRecord,
     KernelRecord,
     RunRecord,
@@ -115,6 +117,7 @@ __all__ = [
     "Case",
     "CaseRecord",
     "Conclusion",
+    "Counts",
     "Coverage",
     "Crashed",
     "Data",
@@ -122,9 +125,11 @@ __all__ = [
     "DecodeError",
     "Device",
     "Disagreement",
+    "DistributionRecord",
     "Draws",
     "EmptyCache",
     "ErrorBudget",
+    "Evidence",
     "Failure",
     "FailureRecord",
     "FarPages",
@@ -174,6 +179,7 @@ __all__ = [
     "Reuse",
     "Run",
     "RunRecord",
+    "Series",
     "Size",
     "StaleState",
     "Start",

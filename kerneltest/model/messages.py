@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+from kerneltest.model.evidence import Evidence, Series
 from kerneltest.model.failure import Finding
 from kerneltest.model.misuse import Misuse
 from kerneltest.model.poison import Coverage
@@ -66,6 +67,7 @@ class Run:
     what the case alone gave in a fresh worker. ``alone``: only that digest is wanted, nothing is judged. ``guarded``:
     the one buffer that lies at a guard page, None for all of them. ``suspect``: the place to try first as the culprit.
     ``misuse``: what is wrong with the call. ``misuses``: only what can be is wanted, of a case that is right without.
+    ``series``: launch again and again, and judge the draws together instead of the answer.
     """
 
     source: str
@@ -80,6 +82,7 @@ class Run:
     suspect: str | None = None
     misuse: Misuse | None = None
     misuses: bool = False
+    series: Series | None = None
 
 
 class Status(Enum):
@@ -103,6 +106,7 @@ class Outcome:
     the names of those that lay at guard pages, or could have.
     ``misuses``: what can be wrong with the call, where that was asked. ``reaction``: how a call in which something was
     wrong ended if it did not fail: with an error, whose text is then the ``reason``, or with the right answer.
+    ``evidence``: of a series of draws, with all that was counted before; ``reason`` then says why it goes no further.
     ``fatal``: the device context is lost, this worker is of no further use.
     """
 
@@ -123,4 +127,5 @@ class Outcome:
     buffers: tuple[str, ...] = ()
     misuses: tuple[Misuse, ...] = ()
     reaction: Literal["", "raised", "raised without a clear message", "right"] = ""
+    evidence: Evidence | None = None
     fatal: bool = False

@@ -13,6 +13,15 @@ from kerneltest.model.messages import Device, Status
 from kerneltest.model.misuse import MisuseTally
 from kerneltest.model.poison import Coverage
 
+# What a hunt is of, and what that adds to the kernel's name.
+Hunted = Literal["cases", "sequences", "misuse", "distribution"]
+TITLES: dict[Hunted, str] = {
+    "cases": "",
+    "sequences": " in company",
+    "misuse": " on bad input",
+    "distribution": " distribution",
+}
+
 
 class Conclusion(Enum):
     """GREEN: every case passed. RED: a failure. UNCHECKED: it could not run here, and says why."""
@@ -72,6 +81,24 @@ class FailureRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistributionRecord:
+    """What one configuration of a sampler has drawn. ``config``: the case's id, ``text`` its one-line form.
+
+    ``drawn`` in this run and ``draws`` in all runs together. ``log10_e``: the highest that E of the e-process ever was,
+    as a power of ten, None after a draw of probability 0; from ``limit`` on the distribution is rejected.
+    ``detectable``: the smallest total variation distance that all the draws would have shown.
+    """
+
+    config: str
+    text: str
+    drawn: int
+    draws: int
+    log10_e: float | None
+    limit: float
+    detectable: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unchecked:
     """Something that was not checked, and why."""
 
@@ -88,13 +115,14 @@ class KernelRecord:
     name, or ``torch.`` and an operation) was the last one before the kernel, ``kinds`` the pairs of step kinds side by
     side ("poison > launch"), ``repeated`` the launches compared with the first of their kind, and those that differed.
     In a hunt of bad input ``cases`` holds the calls with something wrong, and ``misuses`` says what became of them.
+    In one of distributions they are the configurations drawn from, and ``distributions`` has their figures.
     """
 
     name: str
     suite: str
     verdict: Conclusion
     seconds: float
-    hunt: Literal["cases", "sequences", "misuse"] = "cases"
+    hunt: Hunted = "cases"
     cases: tuple[CaseRecord, ...] = ()
     unsupported: Mapping[str, int] = field(default_factory=dict)
     launches: int = 0
@@ -108,11 +136,12 @@ class KernelRecord:
     kinds: Mapping[str, int] = field(default_factory=dict)
     repeated: tuple[int, int] = (0, 0)
     misuses: MisuseTally | None = None
+    distributions: tuple[DistributionRecord, ...] = ()
 
     @property
     def title(self) -> str:
         """The kernel's name, and what was hunted if that is not single cases."""
-        return self.name + {"cases": "", "sequences": " in company", "misuse": " on bad input"}[self.hunt]
+        return self.name + TITLES[self.hunt]
 
     @property
     def used(self) -> dict[str, float]:

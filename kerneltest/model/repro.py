@@ -14,6 +14,7 @@ class Repro:
     """A minimal failing case. ``found_on`` says with which device and versions it was seen; it is not compared.
 
     ``sequence``: the steps around its launch, where the case alone is right. ``misuse``: what is wrong with the call.
+    ``draws``: how many it took to see that they follow another distribution; 0 for a failure of a single launch.
     """
 
     schema: str
@@ -26,6 +27,7 @@ class Repro:
     case: Any
     sequence: Any = None
     misuse: Any = None
+    draws: int = 0
     found_on: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
