@@ -56,7 +56,15 @@ WITHOUT_TORCH = {
     "cli",
 }
 # Suite files that declare nothing and that only functions import.
-WORKERS_SUITE_FILES = ("_attribution", "_inputs", "_reference", "_transformations", "_triton_prefill")
+WORKERS_SUITE_FILES = (
+    "_attribution",
+    "_inputs",
+    "_merge",
+    "_reference",
+    "_torch_attention",
+    "_transformations",
+    "_triton_prefill",
+)
 
 
 @dataclass(frozen=True)
