@@ -71,6 +71,7 @@ class Worker:
     def _execute(self, run: Run) -> Outcome:
         from kerneltest.worker.company.play import play, play_alone
         from kerneltest.worker.execute import execute
+        from kerneltest.worker.tally import tally
 
         kernel = self._kernel(run.source, run.kernel)
         case: Case[Any] = Case.from_json(run.case, kernel.operator.axes)
@@ -78,6 +79,8 @@ class Worker:
             return self._misuser.misuses(kernel, case)
         if run.misuse is not None:
             return self._misuser.run(kernel, case, run.misuse)
+        if run.series is not None:
+            return tally(kernel, case, self._rig, run.series)
         if run.sequence is None:
             peer = self._kernel(*run.peer) if run.peer else None
             return execute(kernel, case, self._rig, peer)

@@ -60,9 +60,14 @@ class Workspaces:
         self._buffers[number : number + 1] = [(buffer, zeroed)]
         return buffer[:nbytes]
 
-    def restart(self) -> None:
-        """What is asked for next gets the memory of the first request, with what it holds."""
-        self._next = 0
+    @property
+    def position(self) -> int:
+        """How many requests there were since the last restart."""
+        return self._next
+
+    def restart(self, at: int = 0) -> None:
+        """What is asked for next gets the memory of the first request (or of number ``at``), with what it holds."""
+        self._next = at
 
     def clear(self) -> None:
         """Zero all that has been handed out or will be, also what the kernel should have left so."""
@@ -103,6 +108,7 @@ class Staged:
         self.workspaces = workspaces or Workspaces(arena, fills[Place.WORKSPACE])
         self.plan_made: Any = None
         self.captured = self.pdl = False
+        self.draw = self._planned = 0  # number of the launch in a series; requests for workspace that the plan made
         paging = kernel.operator.paging if far else None
         # The whole buffer, and the part of it that can be touched.
         self._buffers: dict[str, torch.Tensor] = {}
@@ -187,6 +193,7 @@ class Staged:
             plan=self.plan_made,
             captured=self.captured,
             pdl=self.pdl,
+            draw=self.draw,
         )
 
     def plan(self, earlier: Any = None) -> None:
@@ -195,11 +202,19 @@ class Staged:
         if self.kernel.plan:
             with blamed_on_the_kernel():
                 self.plan_made = self.kernel.plan(self.call)
+        self._planned = self.workspaces.position
 
     def launch(self) -> Any:
         """Launch without waiting; returns what the kernel returned."""
         with blamed_on_the_kernel():
             return self.kernel.launch(self.call)
+
+    def relaunch(self, draw: int) -> Any:
+        """Launch in the same buffers and with the same plan as number ``draw`` of a series, outputs filled anew."""
+        self.draw = draw
+        self.workspaces.restart(self._planned)
+        self.fill_outputs(self.fills[Place.OUTPUTS])
+        return self.launch()
 
     @property
     def mutated(self) -> tuple[str, ...]:
