@@ -60,6 +60,7 @@ WORKERS_SUITE_FILES = (
     "_attribution",
     "_inputs",
     "_merge",
+    "_page_append",
     "_reference",
     "_torch_attention",
     "_transformations",
