@@ -17,7 +17,7 @@ from kerneltest.engine import repro
 from kerneltest.engine.hunt import Target
 from kerneltest.engine.pool import WorkerFailed
 from kerneltest.engine.profile import PROFILES
-from kerneltest.model import Case, Conclusion, Failure, KernelRecord, LaunchSequence, encode
+from kerneltest.model import Case, Conclusion, Failure, KernelRecord, LaunchSequence, Misused, encode
 from kerneltest.model.sequence import STEPS
 from kerneltest.session import Options, Session
 
@@ -92,8 +92,11 @@ class SuiteFile(pytest.File):
         for kernel in kernels.values():
             target = Target(kernel=kernel, source=self.path)
             yield KernelItem.from_parent(self, name=kernel.name, suite=suite, target=target)
-            if start(self.config).options.profile.cuda_sequences:
+            profile = start(self.config).options.profile
+            if profile.cuda_sequences:
                 yield SequencesItem.from_parent(self, name=f"{kernel.name}-in-company", suite=suite, target=target)
+            if profile.misused:
+                yield MisuseItem.from_parent(self, name=f"{kernel.name}-on-bad-input", suite=suite, target=target)
 
 
 class RecordedItem(pytest.Item):
@@ -137,6 +140,13 @@ class SequencesItem(KernelItem):
         self.conclude(*start(self.config).hunt_sequences(self.suite, self.target))
 
 
+class MisuseItem(KernelItem):
+    """The hunt of one kernel on bad input."""
+
+    def runtest(self) -> None:
+        self.conclude(*start(self.config).hunt_misuse(self.suite, self.target))
+
+
 class FixtureFile(pytest.File):
     """A ``case.json``; its item replays the bug."""
 
@@ -152,9 +162,11 @@ class FixtureFile(pytest.File):
             target.kernel.operator.strategy(case.inputs)
             if case.relation:
                 target.kernel.operator.relation(case.relation)
-            played: Case[Any] | LaunchSequence = case
+            played: Case[Any] | LaunchSequence | Misused = case
             if read.sequence is not None:
                 played = LaunchSequence.from_json(case, read.sequence, session.axes_of)
+            elif read.misuse is not None:
+                played = Misused.from_json(case, read.misuse)
         except ValueError as error:
             yield BrokenItem.from_parent(self, name="read", reason=str(error), expected=repro.EXPECTED_FORM)
             return
@@ -162,9 +174,11 @@ class FixtureFile(pytest.File):
 
 
 class ReplayItem(RecordedItem):
-    """Run the case or the sequence of a fixture; it passes once the bug is gone."""
+    """Run the case, the sequence or the bad input of a fixture; it passes once the bug is gone."""
 
-    def __init__(self, *, suite: str, target: Target, case: Case[Any] | LaunchSequence, **kwargs: Any) -> None:
+    def __init__(
+        self, *, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.suite, self.target, self.case = suite, target, case
 
@@ -219,6 +233,10 @@ def _options(config: pytest.Config) -> Options:
             raise pytest.UsageError(f"--kernel-modules: expected 1 or more, got {option.kernel_modules}")
         most = option.kernel_modules
         profile = replace(profile, compiles=most, modules=min(profile.modules, most))
+    if option.kernel_misused is not None:
+        if option.kernel_misused < 0:
+            raise pytest.UsageError(f"--kernel-misused: expected 0 or more, got {option.kernel_misused}")
+        profile = replace(profile, misused=option.kernel_misused)
     if not DEVICE.fullmatch(option.kernel_device):
         raise pytest.UsageError(
             f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"

@@ -67,6 +67,14 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "compile at most N specialisations of each kernel, refuse cases of others (default: any number)",
         },
     ),
+    (
+        "--kernel-misused",
+        {
+            "type": int,
+            "metavar": "N",
+            "help": "small cases of each kernel that are called wrongly, 0 for none (default: as the profile says)",
+        },
+    ),
     ("--kernel-seed", {"type": int, "metavar": "N", "help": "what all cases are drawn from (default: a new one)"}),
     (
         "--kernel-report",

@@ -8,16 +8,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kerneltest import discovery
 from kerneltest.engine import repro
 from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import hunt_sequences, replay_sequence
 from kerneltest.engine.hunt import Caught, Target, Trail, hunt, replay
+from kerneltest.engine.misuse import MisuseTrail, hunt_misuse, replay_misuse
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
 from kerneltest.engine.profile import Profile
-from kerneltest.engine.text import failure_text, nothing_checked_text, steps, vacuous_text
+from kerneltest.engine.text import failure_text, misuse_text, nothing_checked_text, steps, vacuous_text
 from kerneltest.model import (
     FAILURES,
     Case,
@@ -28,6 +29,7 @@ from kerneltest.model import (
     Kernel,
     KernelRecord,
     LaunchSequence,
+    Misused,
     NothingChecked,
     Start,
     Started,
@@ -36,6 +38,7 @@ from kerneltest.model import (
     VacuousBudget,
     encode,
 )
+from kerneltest.model.record import Hunted
 from kerneltest.model.sequence import STEPS
 
 # A budget of which no case uses more than this share cannot tell right from wrong; fewer cases cannot tell that.
@@ -139,12 +142,12 @@ class Session:
         if not trail.cases:
             finding = Finding(kind="NothingChecked", kernel=kernel.name, key="", what="no drawn case is supported")
             failure: Failure = NothingChecked(finding, nothing_checked_text(kernel.name, trail, started))
-            return self._record(suite, kernel, trail, failure), failure
+            return self._record(suite, kernel, trail, (_failure_record(failure),)), failure
         if trail.caught is None:
             record = self._record(suite, kernel, trail)
             if vacuous := _vacuous(record, trail.wide):
                 failure = VacuousBudget(vacuous, vacuous_text(vacuous, started))
-                return self._record(suite, kernel, trail, failure), failure
+                return self._record(suite, kernel, trail, (_failure_record(failure),)), failure
             return record, None
         path = repro.write(self.options.fixtures, suite, trail.caught, started)
         return self._caught(suite, kernel, trail, path)
@@ -166,6 +169,28 @@ class Session:
         nothing = Unchecked(what=f"{kernel.name} in company", why="it ran none of the cases drawn for it alone")
         return self._record(suite, kernel, trail, unchecked=() if trail.cases else (nothing,), hunt="sequences"), None
 
+    def hunt_misuse(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
+        """Hunt one kernel on bad input; every failure is written to ``fixtures`` as well, and the first is returned
+        with a text that lists all of them.
+        """
+        kernel, options = target.kernel, self.options
+        if reason := _unmet(kernel, self.runner.started):
+            why = Unchecked(what=f"{kernel.name} on bad input", why=reason)
+            return self._record(suite, kernel, unchecked=(why,), hunt="misuse"), None
+        trail = hunt_misuse(target, self.runner, options.profile, self._seed(kernel))
+        failures = []
+        for caught in trail.found:
+            path = repro.write(options.fixtures, suite, caught, self.runner.started)
+            failures.append(self._failure(caught, path, len(trail.cases)))
+        nothing = Unchecked(what=f"{kernel.name} on bad input", why="it ran none of the cases drawn for it")
+        unchecked = () if trail.cases or trail.tally.trusted else (nothing,)
+        records = tuple(record for _, record in failures)
+        record = self._record(suite, kernel, trail, records, unchecked, hunt="misuse")
+        if not failures:
+            return record, None
+        first = failures[0][0]
+        return record, type(first)(first.finding, misuse_text(trail.found, trail.tally, str(first)))
+
     @cached_property
     def neighbours(self) -> Neighbours:
         """Every kernel of every suite that can run here."""
@@ -174,20 +199,23 @@ class Session:
         return Neighbours(targets=targets, seed=self.options.seed)
 
     def replay(
-        self, suite: str, target: Target, case: Case[Any] | LaunchSequence, path: Path
+        self, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused, path: Path
     ) -> tuple[KernelRecord, Failure | None]:
-        """Run the case or the sequence of a fixture; green means that the bug is gone."""
+        """Run the case, the sequence or the bad input of a fixture; green means that the bug is gone."""
         kernel, profile = target.kernel, self.options.profile
         if reason := _unmet(kernel, self.runner.started):
             return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=reason),)), None
         target = replace(target, peers=self._peers(kernel))
-        hunt: Literal["cases", "sequences"] = "sequences" if isinstance(case, LaunchSequence) else "cases"
+        hunt: Hunted = "cases"
         if isinstance(case, LaunchSequence):
+            hunt = "sequences"
             absent = [step.kernel for step in case.neighbours if step.kernel not in self.neighbours.targets]
             if absent:
                 why = f"{absent[0]}, which runs before it, cannot run here"
                 return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=why),)), None
             trail = replay_sequence(target, self.neighbours.targets, self.runner, self.quiet, profile, case)
+        elif isinstance(case, Misused):
+            hunt, trail = "misuse", replay_misuse(target, self.runner, profile, case)
         else:
             trail = replay(target, self.runner, profile, case)
         if trail.caught is not None:
@@ -205,50 +233,34 @@ class Session:
         raise ValueError(f"unknown kernel {name!r}; valid: {', '.join(one.kernel.name for one in self._targets)}")
 
     def _caught(
-        self, suite: str, kernel: Kernel, trail: Trail, path: Path, hunt: Literal["cases", "sequences"] = "cases"
+        self, suite: str, kernel: Kernel, trail: Trail, path: Path, hunt: Hunted = "cases"
     ) -> tuple[KernelRecord, Failure]:
         assert trail.caught is not None
+        failure, record = self._failure(trail.caught, path, len(trail.cases))
+        return self._record(suite, kernel, trail, (record,), hunt=hunt), failure
+
+    def _failure(self, caught: Caught, path: Path, ran: int) -> tuple[Failure, FailureRecord]:
+        """A catch that lies in a fixture, as what is raised and as what is kept."""
         command = self._replay_command(path)
-        text = failure_text(trail.caught, self.runner.started, command, len(trail.cases))
-        failure = FAILURES[trail.caught.finding.kind](trail.caught.finding, text)
-        return self._record(suite, kernel, trail, failure, self._shown(path), command, hunt=hunt), failure
+        text = failure_text(caught, self.runner.started, command, ran)
+        failure = FAILURES[caught.finding.kind](caught.finding, text)
+        return failure, _failure_record(failure, caught, self._shown(path), command)
 
     def _record(
         self,
         suite: str,
         kernel: Kernel,
         trail: Trail | None = None,
-        failure: Failure | None = None,
-        fixture: str | None = None,
-        command: str = "",
+        failures: tuple[FailureRecord, ...] = (),
         unchecked: tuple[Unchecked, ...] = (),
-        hunt: Literal["cases", "sequences"] = "cases",
+        hunt: Hunted = "cases",
     ) -> KernelRecord:
         started = self.runner.started
-        failures: tuple[FailureRecord, ...] = ()
-        if failure is not None:
-            caught = trail.caught if trail else None
-            failures = (
-                FailureRecord(
-                    kernel=kernel.name,
-                    kind=failure.finding.kind,
-                    culprit=failure.finding.culprit,
-                    what=failure.finding.what,
-                    text=str(failure),
-                    case=encode(caught.case) if caught else None,
-                    case_text=str(caught.case) if caught else "",
-                    fixture=fixture,
-                    seconds_to_find=caught.seconds_to_find if caught else 0.0,
-                    seconds_to_shrink=caught.seconds_to_shrink if caught else 0.0,
-                    replay=command,
-                    steps=_steps(caught) if caught else (),
-                ),
-            )
         ran = trail is not None and bool(trail.cases)
         return KernelRecord(
             name=kernel.name,
             suite=suite,
-            verdict=Conclusion.RED if failure else Conclusion.GREEN if ran else Conclusion.UNCHECKED,
+            verdict=Conclusion.RED if failures else Conclusion.GREEN if ran else Conclusion.UNCHECKED,
             seconds=trail.seconds if trail else 0.0,
             cases=trail.cases if trail else (),
             unsupported=trail.unsupported if trail else {},
@@ -263,6 +275,7 @@ class Session:
             before=trail.before if trail else {},
             kinds=trail.kinds if trail else {},
             repeated=trail.repeated if trail else (0, 0),
+            misuses=trail.tally if isinstance(trail, MisuseTrail) else None,
         )
 
     def _seed(self, kernel: Kernel) -> int:
@@ -293,6 +306,27 @@ def _vacuous(record: KernelRecord, wide: Collection[str]) -> Finding | None:
             what = f"{output}: no case used more than {100 * used:.2g} % of an error budget wider than fp32 needs"
             return Finding(kind="VacuousBudget", kernel=record.name, key=output, what=what)
     return None
+
+
+def _failure_record(
+    failure: Failure, caught: Caught | None = None, fixture: str | None = None, command: str = ""
+) -> FailureRecord:
+    """A failure for the reports, with the case that shows it, if there is one."""
+    return FailureRecord(
+        kernel=failure.finding.kernel,
+        kind=failure.finding.kind,
+        culprit=failure.finding.culprit,
+        what=failure.finding.what,
+        text=str(failure),
+        case=encode(caught.case) if caught else None,
+        case_text=str(caught.case) if caught else "",
+        fixture=fixture,
+        seconds_to_find=caught.seconds_to_find if caught else 0.0,
+        seconds_to_shrink=caught.seconds_to_shrink if caught else 0.0,
+        replay=command,
+        steps=_steps(caught) if caught else (),
+        misuse=encode(caught.misuse) if caught and caught.misuse else None,
+    )
 
 
 def _steps(caught: Caught) -> tuple[StepRecord, ...]:

@@ -22,6 +22,7 @@ from kerneltest.model import (
     Guard,
     Kernel,
     LaunchSequence,
+    Misuse,
     Operator,
     Outcome,
     Status,
@@ -48,7 +49,8 @@ class Caught:
     ``reproduced`` of ``confirmed_of`` further runs of the case showed it again, and, where the verdict rests on chance,
     ``fresh`` of ``fresh_of`` runs with other data. ``others`` are different bugs that the shrinker came across;
     ``complete`` is False if it ran out of time. ``peers``: what other kernels made of the case, by name. ``sequence``:
-    the steps around the case, if it takes any to fail; ``without``: what comes of it without each of them.
+    the steps around the case, if it takes any to fail; ``without``: what comes of it without each of them. ``misuse``:
+    what is wrong with the call.
     """
 
     finding: Finding
@@ -64,6 +66,7 @@ class Caught:
     peers: Mapping[str, Outcome] = field(default_factory=dict)
     sequence: LaunchSequence | None = None
     without: tuple[str, ...] = ()
+    misuse: Misuse | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

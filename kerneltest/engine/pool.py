@@ -19,9 +19,23 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from kerneltest.model import Case, Finding, Kernel, LaunchSequence, Outcome, Run, Start, Started, Status, decode, encode
+from kerneltest.model import (
+    Case,
+    Finding,
+    Kernel,
+    LaunchSequence,
+    Misuse,
+    Outcome,
+    Run,
+    Series,
+    Start,
+    Started,
+    Status,
+    decode,
+    encode,
+)
 
 # From the start of the process to its first answer: importing torch and compiling the poison kernels takes a while.
 START_DEADLINE = 300.0
@@ -35,6 +49,8 @@ SPARES = max(2, min(4, (os.cpu_count() or 1) // 2))
 
 # Another kernel, and the file that defines it.
 Peer = tuple[Kernel, Path]
+# What is wrong with a call, or only the question what can be.
+Bad = Misuse | Literal["list"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +105,8 @@ class Runner(Protocol):
         peer: Peer | None = None,
         company: Company | None = None,
         guarded: str | None = None,
+        misuse: Bad | None = None,
+        series: Series | None = None,
     ) -> Outcome: ...
     def close(self) -> None: ...
 
@@ -216,6 +234,8 @@ class WorkerPool:
         peer: Peer | None = None,
         company: Company | None = None,
         guarded: str | None = None,
+        misuse: Bad | None = None,
+        series: Series | None = None,
     ) -> Outcome:
         """Run a case; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`.
 
@@ -234,7 +254,7 @@ class WorkerPool:
             else:
                 worker.warm.add(module)
         begun = time.monotonic()
-        message = _message(kernel, source, case, peer, company, guarded)
+        message = _message(kernel, source, case, peer, company, guarded, misuse, series)
         answer = worker.ask(message, deadline if modules <= worker.warm else cold)
         if isinstance(answer, Death):
             self._replace()
@@ -296,12 +316,13 @@ class InProcess:
         peer: Peer | None = None,
         company: Company | None = None,
         guarded: str | None = None,
+        misuse: Bad | None = None,
+        series: Series | None = None,
     ) -> Outcome:
         """Run a case, however long it takes: nobody is there to watch ``deadline`` and ``cold``."""
         del deadline, cold
-        return decode(
-            Outcome, json.loads(json.dumps(self._worker.answer(_message(kernel, source, case, peer, company, guarded))))
-        )
+        message = _message(kernel, source, case, peer, company, guarded, misuse, series)
+        return decode(Outcome, json.loads(json.dumps(self._worker.answer(message))))
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -314,6 +335,8 @@ def _message(
     peer: Peer | None = None,
     company: Company | None = None,
     guarded: str | None = None,
+    misuse: Bad | None = None,
+    series: Series | None = None,
 ) -> Any:
     run = Run(
         source=str(source),
@@ -321,6 +344,9 @@ def _message(
         case=encode(case),
         peer=(str(peer[1]), peer[0].name) if peer else None,
         guarded=guarded,
+        misuse=misuse if isinstance(misuse, Misuse) else None,
+        misuses=misuse == "list",
+        series=series,
     )
     if company is not None:
         run = replace(

@@ -16,7 +16,8 @@ class Profile:
     for each kernel, around ``victims`` cases of it; ``modules``: of how many specialisations its cases are there,
     since what runs before a launch matters, and each module has to be compiled; ``every_pair``: whether every launch
     has to run before every kernel, and every kind of step behind every other. ``compiles``: how many specialisations of
-    a kernel may be compiled in all, the first that are drawn (None: any number).
+    a kernel may be compiled in all, the first that are drawn (None: any number). ``misused``: how many small cases of a
+    kernel are called wrongly in every way there is; ``misuse_seconds``: the time after which no other way is begun.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Profile:
     modules: int = 1
     every_pair: bool = False
     compiles: int | None = None
+    misused: int = 3
+    misuse_seconds: float = 60.0
 
     def size(self, device: Device) -> Size:
         return self.cuda if device.kind == "cuda" else self.cpu
@@ -52,6 +55,8 @@ PROFILES = {
             cpu_sequences=10,
             cuda_sequences=40,
             victims=6,
+            misused=1,
+            misuse_seconds=10.0,
         ),
         Profile(
             name="default",
@@ -69,6 +74,8 @@ PROFILES = {
             cpu_sequences=600,
             cuda_sequences=2000,
             victims=100,
+            misused=8,
+            misuse_seconds=600.0,
             modules=4,
             every_pair=True,
         ),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from kerneltest.engine.hunt import Caught
-from kerneltest.model import DecodeError, Started, decode, encode
+from kerneltest.model import DecodeError, Misused, Started, decode, encode
 from kerneltest.model.repro import SCHEMA, Repro
 
 FILE_NAME = "case.json"
@@ -24,7 +24,7 @@ def slug(kernel: str) -> str:
 def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
     """Write ``<folder>/<kernel>/<failure>-<hash>/case.json`` and return its path. The same bug gets the same name."""
     finding, case = caught.finding, caught.case
-    shown = caught.sequence or case
+    shown = caught.sequence or (Misused(case=case, misuse=caught.misuse) if caught.misuse else case)
     digest = hashlib.sha256("\0".join((*finding.identity, shown.id)).encode()).hexdigest()[:8]
     target = folder / slug(finding.kernel) / f"{finding.kind}-{digest}" / FILE_NAME
     device = started.device.name if started.device else ""
@@ -38,6 +38,7 @@ def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
         what=finding.what,
         case=encode(case),
         sequence=caught.sequence and caught.sequence.to_json(),
+        misuse=caught.misuse and encode(caught.misuse),
         found_on={"device": device, **started.libraries},
     )
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kerneltest.engine.hunt import Caught, Trail
-from kerneltest.model import Finding, Outcome, Started, Status
+from kerneltest.model import Finding, MisuseTally, Outcome, Started, Status
 
 
 def failure_text(caught: Caught, started: Started, replay: str | None, ran: int) -> str:
     """What, how much of it, where first, the minimal case, the culprit, and the command that shows it again."""
     finding = caught.finding
     lines = [headline(caught), f"  {finding.what}"]
-    if finding.culprit:
+    if finding.culprit and not caught.misuse:
         lines.append(f"  culprit: {finding.culprit}")
     lines += [f"  {line}" for line in finding.details]
     for number, (step, without) in enumerate(zip(steps(caught), caught.without, strict=False), 1):
@@ -36,6 +38,8 @@ def failure_text(caught: Caught, started: Started, replay: str | None, ran: int)
 def headline(caught: Caught) -> str:
     """What, in which kernel, and after or beside which step: "StaleState in KERNEL after torch.sort: shared memory"."""
     text = f"{caught.finding.kind} in {caught.finding.kernel}"
+    if caught.misuse:
+        return f"{text} on bad input: {caught.finding.culprit}"
     if not caught.sequence or not caught.sequence.steps:
         return text
     culprit = f": {caught.finding.culprit}" if caught.finding.culprit else ""
@@ -54,6 +58,16 @@ def _opinion(outcome: Outcome) -> str:
     if outcome.finding:
         return f"fails on this case: {outcome.finding.kind}: {outcome.finding.what}"
     return "agrees with the reference on this case"
+
+
+def misuse_text(found: Sequence[Caught], tally: MisuseTally, first: str) -> str:
+    """Everything that a kernel did wrong on bad input, a line each, and the whole text of the first."""
+    if len(found) == 1:
+        return first
+    kernel = found[0].finding.kernel
+    lines = [f"{len(found)} findings in {kernel} on bad input, of {tally.total} calls with something wrong"]
+    lines += [f"  {caught.finding.kind}: {caught.finding.culprit}" for caught in found]
+    return "\n".join((*lines, "", first))
 
 
 def vacuous_text(finding: Finding, started: Started) -> str:

@@ -61,7 +61,8 @@ class StepRecord:
 class FailureRecord:
     """A failure after shrinking. ``case`` is the minimal case as JSON, ``text`` the full failure text.
 
-    ``steps``: what has to happen around the case, in a failure of a launch sequence.
+    ``steps``: what has to happen around the case, in a failure of a launch sequence. ``misuse``: what is wrong with the
+    call, as JSON, in a failure on bad input.
 
     ``seconds_to_find`` runs from the kernel's first case to its first failing one, ``seconds_to_shrink`` from there.
     """
@@ -78,6 +79,7 @@ class FailureRecord:
     seconds_to_shrink: float
     replay: str
     steps: tuple[StepRecord, ...] = ()
+    misuse: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,14 +63,13 @@ def unclear(error: Exception) -> bool:
 
 
 class Lender(Workspaces):
-    """Scratch memory that may be less than what was asked for; counts how often it was."""
+    """Scratch memory that may be less than what was asked for."""
 
     def __init__(self, arena: Arena, pattern: Pattern, change: str = "") -> None:
         super().__init__(arena, pattern)
-        self._change, self.asked = change, 0
+        self._change = change
 
     def __call__(self, nbytes: int, *, zeroed: bool = False) -> torch.Tensor:
-        self.asked += 1
         if self._change == "half":
             return super().__call__(nbytes // 2, zeroed=zeroed)
         if self._change == "late":
@@ -138,7 +137,7 @@ class Bench:
                 self.device,
                 arena,
                 self.fills,
-                workspaces=(lender := Lender(arena, self.fills[Place.WORKSPACE], change)),
+                workspaces=Lender(arena, self.fills[Place.WORKSPACE], change),
             )
             if misuse and tampering and tampering.layout is not Layout.PLAIN:
                 tensors = staged.inputs if misuse.role == "input" else staged.outputs
@@ -149,7 +148,7 @@ class Bench:
                 mutated=staged.mutated,
                 damage=arena.damage(),
                 lent=tuple(name for name, lent in staged.outputs.items() if _same_memory(returned, name, lent)),
-                asked=lender.asked,
+                asked=staged.workspaces.position,
             )
 
     def _materials(self, tampering: Tampering | None) -> Materials:
