@@ -1,0 +1,183 @@
+"""Which cases of MLA are drawn, how often, and how one becomes simpler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kerneltest.model import Case, InputStrategy, Pattern, Relation, Size
+
+from ..attention.paged_prefill import DTYPES, LN_2, Request
+from ._axes import DEEPSEEK, SMALL, Dims, Mla
+
+if TYPE_CHECKING:
+    from hypothesis import strategies as st
+
+# Most cases have the size that everybody compiles and runs. On a CPU that is nobody's, and costs ten times as much.
+DIMS = {"cpu": (DEEPSEEK, SMALL, SMALL), "cuda": (DEEPSEEK, DEEPSEEK, DEEPSEEK, SMALL)}
+# What a device is given of the model's 128, 64, 40 or 16 heads; not all of them divide a tile of queries and heads.
+HEADS = (1, 2, 5, 8, 16, 20, 64, 128)
+PAGE_SIZES = (1, 16, 32, 64)
+TILES = (64, 128)
+MAX_SPARE_PAGES = 3
+# How often a request has which keys; a decode step has many, a prompt as many as queries.
+KEYS = {"any": 10, "of the prompt": 3, "none": 1}
+
+INPUTS = (
+    InputStrategy(name="generic", tier="generic"),
+    InputStrategy(name="count", tier="exact"),
+    InputStrategy(name="dyadic", tier="exact"),
+    InputStrategy(name="poison", tier="generic", patterns=(Pattern.NAN, Pattern.INF, Pattern.MAX)),
+    InputStrategy(name="needle", tier="hard"),
+    InputStrategy(name="integer", tier="exact"),
+    InputStrategy(name="scaled", tier="generic"),
+    InputStrategy(name="outlier", tier="generic"),
+    InputStrategy(name="large_logits", tier="hard"),
+    InputStrategy(name="special", tier="hard"),
+)
+# How often each is drawn; the simplest comes first. What finds most alone must not be missing in a short run.
+WEIGHTS = dict.fromkeys((strategy.name for strategy in INPUTS), 1) | {
+    "generic": 3,
+    "count": 3,
+    "dyadic": 2,
+    "poison": 2,
+    "needle": 2,
+}
+
+
+def _for_cpu(size: Size) -> bool:
+    return size.heads < 16
+
+
+def most_heads(size: Size) -> int:
+    """Query heads that a case of this size may have; on a GPU 8 times as many as of attention, since they share K."""
+    return size.heads if _for_cpu(size) else 8 * size.heads
+
+
+def most_queries(size: Size, heads: int, dims: Dims) -> int:
+    """Queries of one request. A row of DeepSeek's latent is four of attention's, so there are a quarter as many."""
+    rows = (8 if dims == SMALL else 2) * size.qo_len
+    return min(size.qo_len, max(1, rows // heads))
+
+
+def _requests(size: Size, queries: int, page_size: int, *, decode: bool) -> st.SearchStrategy[Request]:
+    from hypothesis import strategies as st
+
+    from kerneltest.strategies import edges
+
+    def build(qo_len: int, kv_len: int, keys: str) -> Request:
+        return Request(
+            qo_len=qo_len, kv_len={"any": kv_len, "of the prompt": min(qo_len, size.kv_len), "none": 0}[keys]
+        )
+
+    return st.builds(
+        build,
+        qo_len=st.just(1) if decode else edges(queries, *TILES),
+        kv_len=edges(size.kv_len, page_size, *TILES),
+        keys=st.sampled_from([name for name, weight in KEYS.items() for _ in range(weight)]),
+    )
+
+
+def cases(operator: str, relations: Sequence[Relation], size: Size) -> st.SearchStrategy[Case[Mla]]:
+    """Draw cases up to ``size``: decode steps, of one query each, or chunks of prompts among them."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_case(draw: st.DrawFn) -> Case[Mla]:
+        page_size = draw(st.sampled_from(PAGE_SIZES))
+        heads = draw(st.sampled_from([h for h in HEADS if h <= most_heads(size)]))
+        dims = draw(st.sampled_from(DIMS["cpu" if _for_cpu(size) else "cuda"]))
+        request = _requests(size, most_queries(size, heads, dims), page_size, decode=draw(st.booleans()))
+        requests = draw(st.lists(request, max_size=size.batch - 1))
+        # Somebody must ask something; everybody else, before or after, may be empty in queries, keys or both.
+        somebody = draw(request.map(lambda r: replace(r, qo_len=max(r.qo_len, 1))))
+        requests.insert(draw(st.integers(0, len(requests))), somebody)
+        axes = Mla(
+            requests=tuple(requests),
+            dtype=draw(st.sampled_from(DTYPES)),
+            dims=dims,
+            heads=heads,
+            page_size=page_size,
+            causal=draw(st.booleans()),
+            shuffled=draw(st.booleans()),
+            spare_pages=draw(st.integers(0, MAX_SPARE_PAGES)),
+        )
+        inputs = draw(st.sampled_from([name for name, weight in WEIGHTS.items() for _ in range(weight)]))
+        axes = replace(axes, sm_scale=LN_2 if inputs == "dyadic" else None)
+        case = Case(operator=operator, axes=axes, inputs=inputs, seed=draw(st.integers(0, 2**32 - 1)))
+        # Drawn from all of them, whether they apply or not: shrinking the case must not turn one into another.
+        relation = draw(st.sampled_from([None, *relations]))
+        return replace(case, relation=relation.name) if relation and relation.applies(case) else case
+
+    return draw_case()
+
+
+def simpler(case: Case[Mla]) -> Iterator[Case[Mla]]:
+    """The case with one request less, or one number at its simplest value."""
+    axes = case.axes
+    if case.relation:
+        yield replace(case, relation="")
+
+    def with_requests(requests: list[Request]) -> Case[Mla]:
+        return replace(case, axes=replace(axes, requests=tuple(requests)))
+
+    def shortened(*lengths: dict[str, int]) -> Iterator[Case[Mla]]:
+        for number, request in enumerate(axes.requests):
+            before, after = axes.requests[:number], axes.requests[number + 1 :]
+            for length in lengths:
+                shorter = replace(request, **length)
+                if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
+                    yield with_requests([*before, shorter, *after])
+
+    for number in range(len(axes.requests)):
+        others = [request for index, request in enumerate(axes.requests) if index != number]
+        if any(request.qo_len for request in others):
+            yield with_requests(others)
+    yield from shortened({"qo_len": 1}, {"kv_len": 1})
+    simplest: dict[str, Any] = {
+        "dtype": DTYPES[0],
+        "dims": SMALL,
+        "heads": HEADS[0],
+        "page_size": PAGE_SIZES[0],
+        "causal": False,
+        "shuffled": False,
+        "spare_pages": 0,
+    }
+    for name, value in simplest.items():
+        if getattr(axes, name) != value:
+            yield replace(case, axes=replace(axes, **{name: value}))
+    if case.inputs != INPUTS[0].name or axes.sm_scale is not None:
+        # Together: a strategy may need its scale.
+        yield replace(case, inputs=INPUTS[0].name, axes=replace(axes, sm_scale=None))
+    if case.seed:
+        yield replace(case, seed=0)
+    # Last, because there may be many of them, and each may cost a worker.
+    for number, request in enumerate(axes.requests):
+        before, after = axes.requests[:number], axes.requests[number + 1 :]
+        for shorter in (
+            replace(request, qo_len=-(-request.qo_len // 2)),
+            replace(request, kv_len=max(request.kv_len // 2, 1)),
+            replace(request, kv_len=max(request.kv_len - 1, 1)),
+        ):
+            if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
+                yield with_requests([*before, shorter, *after])
+
+
+def captures(case: Case[Mla]) -> st.SearchStrategy[Case[Mla]]:
+    """Cases of the same batch and the same queries in which every request has at least as many keys.
+
+    A graph of a decode step is captured for its batch and its number of queries; what grows between replays is the
+    cache.
+    """
+    from hypothesis import strategies as st
+
+    def longer(extra: list[int]) -> Case[Mla]:
+        requests = tuple(
+            replace(request, kv_len=request.kv_len + keys)
+            for request, keys in zip(case.axes.requests, extra, strict=True)
+        )
+        return replace(case, axes=replace(case.axes, requests=requests))
+
+    count = len(case.axes.requests)
+    return st.lists(st.sampled_from((0, 1, 40, 300)), min_size=count, max_size=count).map(longer)
