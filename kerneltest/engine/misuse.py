@@ -54,6 +54,7 @@ class _Hunt:
     runner: Runner
     profile: Profile
     begun: float = field(default_factory=time.monotonic)
+    chosen_at: float = 0.0
     launches: int = 0
     slowest: float = 0.0
     unsupported: Counter[str] = field(default_factory=Counter)
@@ -122,6 +123,7 @@ class _Hunt:
             left.remove(best)
             chosen[best] = asked[best]
             covered |= {misuse.name for misuse in asked[best]}
+        self.chosen_at = time.monotonic()
         return chosen
 
     def check(self, case: Case[Any], misuse: Misuse) -> None:
@@ -130,7 +132,7 @@ class _Hunt:
             self.trusted[misuse.kind] += 1
         elif misuse.key in self.found:
             self.known += 1
-        elif time.monotonic() - self.begun > self.profile.misuse_seconds:
+        elif time.monotonic() - self.chosen_at > self.profile.misuse_seconds:
             self.late += 1
         else:
             self.run(Misused(case=case, misuse=misuse), confirmations=1)

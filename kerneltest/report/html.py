@@ -11,10 +11,18 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kerneltest.model import Conclusion, Device, KernelRecord, RunRecord
+from kerneltest.model.record import TITLES, Hunted
 
 TEMPLATE = "report.html.jinja"
 # What stands for the ends of a sequence in a pair of step kinds.
 BEGIN, LAUNCH = "begin", "launch"
+# What a hunt runs.
+NOUNS: dict[Hunted, str] = {
+    "cases": "case",
+    "sequences": "sequence",
+    "misuse": "wrong call",
+    "distribution": "configuration",
+}
 
 
 def html(run: RunRecord) -> str:
@@ -45,6 +53,8 @@ def html(run: RunRecord) -> str:
         energies=_energies(run),
         pairs=_pairs(run),
         kinds=_kinds(run),
+        nouns=NOUNS,
+        titles=TITLES,
     )
 
 
@@ -52,7 +62,7 @@ def html(run: RunRecord) -> str:
 class _Totals:
     """The counts of the header. The same case of the same kernel counts once, also if two items ran it.
 
-    ``noun``: what has a verdict. Once some were hunted in company, a kernel can have two.
+    ``noun``: what has a verdict. Once some were hunted in other ways than case by case, a kernel can have several.
     """
 
     noun: str
@@ -115,7 +125,7 @@ class _Headline:
 def _totals(run: RunRecord) -> _Totals:
     verdicts = [kernel.verdict for kernel in run.kernels]
     return _Totals(
-        noun="hunt" if any(kernel.hunt == "sequences" for kernel in run.kernels) else "kernel",
+        noun="hunt" if any(kernel.hunt != "cases" for kernel in run.kernels) else "kernel",
         green=verdicts.count(Conclusion.GREEN),
         red=verdicts.count(Conclusion.RED),
         unchecked=verdicts.count(Conclusion.UNCHECKED),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kerneltest
-from kerneltest.model import Conclusion, KernelRecord, RunRecord, Unchecked, decode
+from kerneltest.model import Conclusion, KernelRecord, MisuseTally, RunRecord, Unchecked, decode
+from kerneltest.model.record import Hunted
 
 if TYPE_CHECKING:
     import pytest
@@ -88,16 +90,38 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _of_cases(kernel: KernelRecord) -> str:
+    """How much of its budget the kernel used."""
     used = ", ".join(f"{output} {share:.2f}" for output, share in kernel.used.items()) or "-"
     slack = f" of a budget widened by slack {kernel.slack:g}" if kernel.slack > 1 else ""
-    return f"budget used {used}{slack}"
+    return f"{_ran(kernel)}, budget used {used}{slack}"
 
 
 def _of_sequences(kernel: KernelRecord) -> str:
     """From how many places in the pair matrix the kernel was seen, and whether its bits repeat."""
     repeats, differing = kernel.repeated
     repeated = f", {repeats} repeated launches, {differing} differ" if repeats else ""
-    return f"after {len(kernel.before)} different launches{repeated}"
+    return f"{_ran(kernel)}, after {len(kernel.before)} different launches{repeated}"
+
+
+def _of_misuse(kernel: KernelRecord) -> str:
+    """What became of the calls in which something was wrong."""
+    tally = kernel.misuses or MisuseTally()
+    failed = f"{tally.failed} neither, " if tally.failed else ""
+    return (
+        f"{tally.total} misuses: {tally.raised} raised, {tally.right} answered rightly, {failed}"
+        f"{tally.trusted} left to the caller, {len(tally.unclear)} unclear errors"
+    )
+
+
+def _ran(kernel: KernelRecord) -> str:
+    return f"{len(kernel.cases)} {kernel.hunt}, {sum(kernel.unsupported.values())} unsupported"
+
+
+OF: dict[Hunted, Callable[[KernelRecord], str]] = {
+    "cases": _of_cases,
+    "sequences": _of_sequences,
+    "misuse": _of_misuse,
+}
 
 
 def _lines(run: RunRecord) -> list[str]:
@@ -105,12 +129,7 @@ def _lines(run: RunRecord) -> list[str]:
     for kernel in run.kernels:
         if kernel.verdict is Conclusion.UNCHECKED:
             continue  # has a line of its own below, with the reason
-        refused = sum(kernel.unsupported.values())
-        what = _of_cases(kernel) if kernel.hunt == "cases" else _of_sequences(kernel)
-        lines.append(
-            f"{kernel.verdict.value:9} {kernel.title}: {len(kernel.cases)} {kernel.hunt}, {refused} unsupported, "
-            f"{what}, {kernel.seconds:.1f} s"
-        )
+        lines.append(f"{kernel.verdict.value:9} {kernel.title}: {OF[kernel.hunt](kernel)}, {kernel.seconds:.1f} s")
     for place in run.coverage:
         if place.share is not None:
             lines.append(f"poison    {place.place.value}: {place.percent} proven ({place.note})")

@@ -48,6 +48,7 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
                 "before": dict(sorted(kernel.before.items())),
                 "kinds": dict(sorted(kernel.kinds.items())),
                 "repeated": list(kernel.repeated),
+                "misuses": encode(kernel.misuses),
                 "verdict": kernel.verdict.value,
                 "seconds": round(kernel.seconds, 3),
             }
@@ -60,6 +61,7 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
                 "culprit": failure.culprit,
                 "what": failure.what,
                 "steps": encode(failure.steps),
+                "misuse": failure.misuse,
                 "case": failure.case,
                 "fixture": failure.fixture,
                 "replay": failure.replay,

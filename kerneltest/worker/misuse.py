@@ -48,6 +48,7 @@ HELPLESS = (
     "pop from an empty",
     "() arg is an empty sequence",
     "math domain error",
+    "No available kernel",
 )
 HELPLESS_TYPES = (KeyError, AttributeError, NameError, ZeroDivisionError, OverflowError, MemoryError, RecursionError)
 
