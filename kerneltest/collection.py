@@ -14,10 +14,11 @@ import pytest
 
 from kerneltest import discovery
 from kerneltest.engine import repro
+from kerneltest.engine.evidence import BadEvidence
 from kerneltest.engine.hunt import Target
 from kerneltest.engine.pool import WorkerFailed
 from kerneltest.engine.profile import PROFILES
-from kerneltest.model import Case, Conclusion, Failure, KernelRecord, LaunchSequence, Misused, encode
+from kerneltest.model import Case, Conclusion, Drawn, Failure, KernelRecord, LaunchSequence, Misused, encode
 from kerneltest.model.sequence import STEPS
 from kerneltest.session import Options, Session
 
@@ -97,6 +98,8 @@ class SuiteFile(pytest.File):
                 yield SequencesItem.from_parent(self, name=f"{kernel.name}-in-company", suite=suite, target=target)
             if profile.misused:
                 yield MisuseItem.from_parent(self, name=f"{kernel.name}-on-bad-input", suite=suite, target=target)
+            if profile.cuda_draws and kernel.operator.draws:
+                yield DistributionItem.from_parent(self, name=f"{kernel.name}-distribution", suite=suite, target=target)
 
 
 class RecordedItem(pytest.Item):
@@ -113,7 +116,7 @@ class RecordedItem(pytest.Item):
             pytest.skip("; ".join(unchecked.why for unchecked in record.unchecked))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, (Failure, WorkerFailed, BrokenFile)):
+        if isinstance(excinfo.value, (Failure, WorkerFailed, BrokenFile, BadEvidence)):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
@@ -147,6 +150,13 @@ class MisuseItem(KernelItem):
         self.conclude(*start(self.config).hunt_misuse(self.suite, self.target))
 
 
+class DistributionItem(KernelItem):
+    """The hunt of one sampler by what it draws."""
+
+    def runtest(self) -> None:
+        self.conclude(*start(self.config).hunt_distribution(self.suite, self.target))
+
+
 class FixtureFile(pytest.File):
     """A ``case.json``; its item replays the bug."""
 
@@ -162,11 +172,13 @@ class FixtureFile(pytest.File):
             target.kernel.operator.strategy(case.inputs)
             if case.relation:
                 target.kernel.operator.relation(case.relation)
-            played: Case[Any] | LaunchSequence | Misused = case
+            played: Case[Any] | LaunchSequence | Misused | Drawn = case
             if read.sequence is not None:
                 played = LaunchSequence.from_json(case, read.sequence, session.axes_of)
             elif read.misuse is not None:
                 played = Misused.from_json(case, read.misuse)
+            elif read.draws and target.kernel.operator.draws:
+                played = Drawn(case=case, draws=read.draws)
         except ValueError as error:
             yield BrokenItem.from_parent(self, name="read", reason=str(error), expected=repro.EXPECTED_FORM)
             return
@@ -174,10 +186,10 @@ class FixtureFile(pytest.File):
 
 
 class ReplayItem(RecordedItem):
-    """Run the case, the sequence or the bad input of a fixture; it passes once the bug is gone."""
+    """Run the case, the sequence, the bad input or the draws of a fixture; it passes once the bug is gone."""
 
     def __init__(
-        self, *, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused, **kwargs: Any
+        self, *, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused | Drawn, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.suite, self.target, self.case = suite, target, case
@@ -237,6 +249,10 @@ def _options(config: pytest.Config) -> Options:
         if option.kernel_misused < 0:
             raise pytest.UsageError(f"--kernel-misused: expected 0 or more, got {option.kernel_misused}")
         profile = replace(profile, misused=option.kernel_misused)
+    if option.kernel_draws is not None:
+        if option.kernel_draws < 0:
+            raise pytest.UsageError(f"--kernel-draws: expected 0 or more, got {option.kernel_draws}")
+        profile = replace(profile, cpu_draws=option.kernel_draws, cuda_draws=option.kernel_draws)
     if not DEVICE.fullmatch(option.kernel_device):
         raise pytest.UsageError(
             f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"
@@ -256,6 +272,7 @@ def _options(config: pytest.Config) -> Options:
         fixtures=Path(option.kernel_fixtures or config.rootpath / "fixtures"),
         root=config.rootpath,
         invoked_in=config.invocation_params.dir,
+        evidence=Path(option.kernel_evidence or config.rootpath / ".kerneltest" / "evidence"),
         steps=tuple(kinds) or tuple(STEPS),
     )
 

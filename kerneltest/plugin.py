@@ -75,6 +75,21 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
             "help": "small cases of each kernel that are called wrongly, 0 for none (default: as the profile says)",
         },
     ),
+    (
+        "--kernel-draws",
+        {
+            "type": int,
+            "metavar": "N",
+            "help": "draws from each distribution of a sampler, 0 for none (default: as the profile says)",
+        },
+    ),
+    (
+        "--kernel-evidence",
+        {
+            "metavar": "FOLDER",
+            "help": "where the draws of all runs are counted (default: .kerneltest/evidence, as for reports)",
+        },
+    ),
     ("--kernel-seed", {"type": int, "metavar": "N", "help": "what all cases are drawn from (default: a new one)"}),
     (
         "--kernel-report",

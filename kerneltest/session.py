@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,8 @@ from kerneltest import discovery
 from kerneltest.engine import repro
 from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import hunt_sequences, replay_sequence
+from kerneltest.engine.distribution import DistributionTrail, hunt_distribution, replay_distribution
+from kerneltest.engine.evidence import Store
 from kerneltest.engine.hunt import Caught, Target, Trail, hunt, replay
 from kerneltest.engine.misuse import MisuseTrail, hunt_misuse, replay_misuse
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
@@ -23,6 +25,7 @@ from kerneltest.model import (
     FAILURES,
     Case,
     Conclusion,
+    Drawn,
     Failure,
     FailureRecord,
     Finding,
@@ -38,7 +41,7 @@ from kerneltest.model import (
     VacuousBudget,
     encode,
 )
-from kerneltest.model.record import Hunted
+from kerneltest.model.record import TITLES, Hunted
 from kerneltest.model.sequence import STEPS
 
 # A budget of which no case uses more than this share cannot tell right from wrong; fewer cases cannot tell that.
@@ -51,7 +54,8 @@ class Options:
     """The command line, parsed and valid.
 
     ``roots``: folders of suites. ``fixtures``: where found bugs are written. ``root``: what paths in a report are
-    relative to; ``invoked_in``: what those of a command are. ``steps``: the kinds of steps that sequences are made of.
+    relative to; ``invoked_in``: what those of a command are. ``evidence``: where it is kept what samplers drew.
+    ``steps``: the kinds of steps that sequences are made of.
     """
 
     suites: tuple[str, ...]
@@ -64,6 +68,7 @@ class Options:
     fixtures: Path
     root: Path
     invoked_in: Path
+    evidence: Path
     steps: tuple[str, ...] = tuple(STEPS)
 
 
@@ -154,20 +159,39 @@ class Session:
 
     def hunt_sequences(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
         """Hunt one kernel in the company of all others; the failure, if any, is written to ``fixtures`` as well."""
+        profile, kinds, seed = self.options.profile, self.options.steps, self._seed(target.kernel)
+
+        def follow(target: Target) -> Trail:
+            return hunt_sequences(target, self.neighbours, self.runner, self.quiet, profile, seed, kinds)
+
+        return self._follow(suite, target, "sequences", follow, "it ran none of the cases drawn for it alone")
+
+    def hunt_distribution(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
+        """Hunt one sampler by what it draws; the failure, if any, is written to ``fixtures`` as well.
+
+        Raises :class:`~kerneltest.engine.evidence.BadEvidence`.
+        """
+        profile, store, seed = self.options.profile, Store(self.options.evidence), self._seed(target.kernel)
+
+        def follow(target: Target) -> Trail:
+            return hunt_distribution(target, self.runner, profile, store, seed)
+
+        return self._follow(suite, target, "distribution", follow, "it drew from none of its configs")
+
+    def _follow(
+        self, suite: str, target: Target, hunt: Hunted, follow: Callable[[Target], Trail], nothing: str
+    ) -> tuple[KernelRecord, Failure | None]:
+        """A hunt after the one of single cases; ``nothing`` says why no case ran, should that be so."""
         kernel = target.kernel
+        what = f"{kernel.name}{TITLES[hunt]}"
         if reason := _unmet(kernel, self.runner.started):
-            why = Unchecked(what=f"{kernel.name} in company", why=reason)
-            return self._record(suite, kernel, unchecked=(why,), hunt="sequences"), None
-        options = self.options
-        target = replace(target, peers=self._peers(kernel))
-        trail = hunt_sequences(
-            target, self.neighbours, self.runner, self.quiet, options.profile, self._seed(kernel), options.steps
-        )
+            return self._record(suite, kernel, unchecked=(Unchecked(what=what, why=reason),), hunt=hunt), None
+        trail = follow(replace(target, peers=self._peers(kernel)))
         if trail.caught is not None:
-            path = repro.write(options.fixtures, suite, trail.caught, self.runner.started)
-            return self._caught(suite, kernel, trail, path, hunt="sequences")
-        nothing = Unchecked(what=f"{kernel.name} in company", why="it ran none of the cases drawn for it alone")
-        return self._record(suite, kernel, trail, unchecked=() if trail.cases else (nothing,), hunt="sequences"), None
+            path = repro.write(self.options.fixtures, suite, trail.caught, self.runner.started)
+            return self._caught(suite, kernel, trail, path, hunt=hunt)
+        unchecked = () if trail.cases else (Unchecked(what=what, why=nothing),)
+        return self._record(suite, kernel, trail, unchecked=unchecked, hunt=hunt), None
 
     def hunt_misuse(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
         """Hunt one kernel on bad input; every failure is written to ``fixtures`` as well, and the first is returned
@@ -199,9 +223,9 @@ class Session:
         return Neighbours(targets=targets, seed=self.options.seed)
 
     def replay(
-        self, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused, path: Path
+        self, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused | Drawn, path: Path
     ) -> tuple[KernelRecord, Failure | None]:
-        """Run the case, the sequence or the bad input of a fixture; green means that the bug is gone."""
+        """Run the case, the sequence, the bad input or the draws of a fixture; green means that the bug is gone."""
         kernel, profile = target.kernel, self.options.profile
         if reason := _unmet(kernel, self.runner.started):
             return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=reason),)), None
@@ -216,6 +240,8 @@ class Session:
             trail = replay_sequence(target, self.neighbours.targets, self.runner, self.quiet, profile, case)
         elif isinstance(case, Misused):
             hunt, trail = "misuse", replay_misuse(target, self.runner, profile, case)
+        elif isinstance(case, Drawn):
+            hunt, trail = "distribution", replay_distribution(target, self.runner, profile, case, self._seed(kernel))
         else:
             trail = replay(target, self.runner, profile, case)
         if trail.caught is not None:
@@ -276,6 +302,7 @@ class Session:
             kinds=trail.kinds if trail else {},
             repeated=trail.repeated if trail else (0, 0),
             misuses=trail.tally if isinstance(trail, MisuseTrail) else None,
+            distributions=trail.distributions if isinstance(trail, DistributionTrail) else (),
         )
 
     def _seed(self, kernel: Kernel) -> int:

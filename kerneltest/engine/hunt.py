@@ -50,7 +50,7 @@ class Caught:
     ``fresh`` of ``fresh_of`` runs with other data. ``others`` are different bugs that the shrinker came across;
     ``complete`` is False if it ran out of time. ``peers``: what other kernels made of the case, by name. ``sequence``:
     the steps around the case, if it takes any to fail; ``without``: what comes of it without each of them. ``misuse``:
-    what is wrong with the call.
+    what is wrong with the call. ``draws``: how many it took to see that they follow another distribution.
     """
 
     finding: Finding
@@ -67,6 +67,7 @@ class Caught:
     sequence: LaunchSequence | None = None
     without: tuple[str, ...] = ()
     misuse: Misuse | None = None
+    draws: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ class Profile:
     has to run before every kernel, and every kind of step behind every other. ``compiles``: how many specialisations of
     a kernel may be compiled in all, the first that are drawn (None: any number). ``misused``: how many small cases of a
     kernel are called wrongly in every way there is; ``misuse_seconds``: the time after which no other way is begun.
+    ``cpu_draws``, ``cuda_draws``: of each distribution that a sampler is tried with, in ``draw_seconds`` at most.
     """
 
     name: str
@@ -35,9 +36,15 @@ class Profile:
     compiles: int | None = None
     misused: int = 3
     misuse_seconds: float = 60.0
+    cpu_draws: int = 200_000
+    cuda_draws: int = 4_000_000
+    draw_seconds: float = 20.0
 
     def size(self, device: Device) -> Size:
         return self.cuda if device.kind == "cuda" else self.cpu
+
+    def draws(self, device: Device) -> int:
+        return self.cuda_draws if device.kind == "cuda" else self.cpu_draws
 
     def sequences(self, device: Device) -> int:
         return self.cuda_sequences if device.kind == "cuda" else self.cpu_sequences
@@ -57,6 +64,9 @@ PROFILES = {
             victims=6,
             misused=1,
             misuse_seconds=10.0,
+            cpu_draws=20_000,
+            cuda_draws=1_000_000,
+            draw_seconds=5.0,
         ),
         Profile(
             name="default",
@@ -76,6 +86,9 @@ PROFILES = {
             victims=100,
             misused=8,
             misuse_seconds=600.0,
+            cpu_draws=8_000_000,
+            cuda_draws=20_000_000,
+            draw_seconds=120.0,
             modules=4,
             every_pair=True,
         ),

@@ -39,6 +39,7 @@ def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
         case=encode(case),
         sequence=caught.sequence and caught.sequence.to_json(),
         misuse=caught.misuse and encode(caught.misuse),
+        draws=caught.draws,
         found_on={"device": device, **started.libraries},
     )
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from kerneltest.model.case import Case
 from kerneltest.model.codec import DecodeError, decode, encode
-from kerneltest.model.evidence import Counts, Evidence, Series
+from kerneltest.model.evidence import Counts, Drawn, Evidence, Series
 from kerneltest.model.failure import (
     FAILURES,
     BadInputAccepted,
@@ -126,6 +126,7 @@ __all__ = [
     "Device",
     "Disagreement",
     "DistributionRecord",
+    "Drawn",
     "Draws",
     "EmptyCache",
     "ErrorBudget",

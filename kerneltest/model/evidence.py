@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from kerneltest.model.case import Case
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +66,11 @@ class Series:
     draws: int
     seconds: float
     limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A case whose draws were rejected, and how many it took."""
+
+    case: Case[Any]
+    draws: int
