@@ -9,6 +9,7 @@ from kerneltest.model import FORMATS, Call, Case, Device, Kernel, LaunchContract
 from kerneltest.model.numerics import IEEE_FP32
 
 from ._axes import Mla
+from ._checks import check_absorbed
 from .mla_paged_attention import mla_paged_attention
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     """Request by request: scores, softmax with its maximum taken off, weights rounded to the inputs' format, P · V."""
     import torch
 
+    check_absorbed(call)
     axes, x = call.case.axes, call.inputs
     out, lse = call.outputs["out"], call.outputs["lse"]
     first_row = first_page = 0
