@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -144,6 +145,16 @@ class KernelRecord:
     def title(self) -> str:
         """The kernel's name, and what was hunted if that is not single cases."""
         return self.name + TITLES[self.hunt]
+
+    @property
+    def log10_e(self) -> float:
+        """The highest E over all configurations drawn from, as a power of ten; infinite after an impossible draw."""
+        return max((math.inf if one.log10_e is None else one.log10_e for one in self.distributions), default=0.0)
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest total variation distance that would have shown in every configuration drawn from."""
+        return max((one.detectable for one in self.distributions), default=None)
 
     @property
     def used(self) -> dict[str, float]:

@@ -40,6 +40,7 @@ def html(run: RunRecord) -> str:
         many=_many,
         moment=_moment,
         number=_number,
+        power=_power,
         seconds=_seconds,
         share=_share,
     )
@@ -247,6 +248,11 @@ def _seconds(seconds: float) -> str:
     if seconds == 0:
         return "0"
     return f"{seconds:,.1f}" if seconds >= 10 else f"{seconds:.3f}" if seconds < 1 else f"{seconds:.2f}"
+
+
+def _power(exponent: float | None) -> str:
+    """A power of ten that is known by its exponent; None is infinite."""
+    return "infinite" if exponent is None or math.isinf(exponent) else f"10^{exponent:.1f}"
 
 
 def _number(number: int) -> str:

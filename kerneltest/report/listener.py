@@ -113,6 +113,19 @@ def _of_misuse(kernel: KernelRecord) -> str:
     )
 
 
+def _of_distribution(kernel: KernelRecord) -> str:
+    """How much was drawn, what it says, and what it would have shown."""
+    found = kernel.distributions
+    if not found:
+        return _ran(kernel)
+    return (
+        f"{len(found)} configs, {sum(kernel.unsupported.values())} unsupported, "
+        f"{sum(one.drawn for one in found):,} draws ({sum(one.draws for one in found):,} with earlier runs), "
+        f"E at most 10^{kernel.log10_e:.1f} of 10^{found[0].limit:.0f}, "
+        f"detects a total variation distance of {kernel.detectable:.4f}"
+    )
+
+
 def _ran(kernel: KernelRecord) -> str:
     return f"{len(kernel.cases)} {kernel.hunt}, {sum(kernel.unsupported.values())} unsupported"
 
@@ -121,6 +134,7 @@ OF: dict[Hunted, Callable[[KernelRecord], str]] = {
     "cases": _of_cases,
     "sequences": _of_sequences,
     "misuse": _of_misuse,
+    "distribution": _of_distribution,
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
-from kerneltest.model import RunRecord, encode
+from kerneltest.model import KernelRecord, RunRecord, encode
 
 SCHEMA = "kerneltest.summary/1"
 
@@ -49,6 +50,7 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
                 "kinds": dict(sorted(kernel.kinds.items())),
                 "repeated": list(kernel.repeated),
                 "misuses": encode(kernel.misuses),
+                "distribution": _distribution(kernel),
                 "verdict": kernel.verdict.value,
                 "seconds": round(kernel.seconds, 3),
             }
@@ -72,6 +74,20 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
             for failure in kernel.failures
         ],
         "unchecked": encode(run.everything_unchecked),
+    }
+
+
+def _distribution(kernel: KernelRecord) -> dict[str, Any] | None:
+    """What a sampler drew, and what that can tell."""
+    if not kernel.distributions:
+        return None
+    return {
+        "configs": encode(kernel.distributions),
+        "drawn": sum(one.drawn for one in kernel.distributions),
+        "draws": sum(one.draws for one in kernel.distributions),
+        "log10_e": round(kernel.log10_e, 4) if math.isfinite(kernel.log10_e) else None,
+        "limit": kernel.distributions[0].limit,
+        "detectable": kernel.detectable,
     }
 
 
