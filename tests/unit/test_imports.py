@@ -58,11 +58,16 @@ WITHOUT_TORCH = {
 # Suite files that declare nothing and that only functions import.
 WORKERS_SUITE_FILES = (
     "_attribution",
+    "_certify",
+    "_eager",
     "_inputs",
+    "_masks",
     "_merge",
     "_page_append",
     "_reference",
+    "_tensors",
     "_torch_attention",
+    "_torch_filters",
     "_transformations",
     "_triton_prefill",
 )
