@@ -10,6 +10,23 @@ from ..attention._checks import require, require_number, require_within
 from ._axes import Mla
 
 
+def check_parameters(call: Call) -> None:
+    """Raise ValueError if the tensors are not of the batch that the parameters speak of."""
+    axes: Mla = call.case.axes
+    found = (*call.inputs["q_nope"].shape[:2], call.inputs["q_pe"].shape[-1])
+    if found != (axes.total_qo, axes.heads, axes.dims.rope_dim):
+        raise ValueError(
+            f"{axes.total_qo} queries of {axes.heads} heads with {axes.dims.rope_dim} rotated channels were announced, "
+            f"got {found[0]}, {found[1]} and {found[2]}"
+        )
+    have = call.inputs["ckv_pages"].shape[1:]
+    if have != (axes.page_size, axes.rank):
+        raise ValueError(f"pages of {axes.page_size} latents of {axes.rank} channels were announced, got {list(have)}")
+    referenced = sum(axes.pages(request) for request in axes.requests)
+    if call.inputs["kv_indices"].numel() < referenced:
+        raise ValueError(f"kv_indices must have {referenced} entries, got {call.inputs['kv_indices'].numel()}")
+
+
 def check(call: Call, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check everything about a call that the host knows, and the page table's entries where the device may be asked.
 
