@@ -152,6 +152,8 @@ class _Hunt:
         if finding is None:
             return
         since = time.monotonic() - self.begun
+        if outcome.fatal:
+            confirmations = 0  # each costs a worker, and neither a guard page nor a hang comes by chance
         again = [self._about(self.ask(case, misuse), misused) for _ in range(confirmations)]
         self.found[misuse.key] = Caught(
             finding=finding,
@@ -172,7 +174,7 @@ class _Hunt:
             return finding
         if finding.kind not in ("Crashed", "Hung"):
             return None
-        if finding.kind == "Crashed" and misused.case.guard is not Guard.NONE:
+        if _faulted(finding) and misused.case.guard is not Guard.NONE:
             without = self.ask(replace(misused.case, guard=Guard.NONE), misuse)
             if not without.fatal:
                 finding = out_of_bounds(finding, misused.case.guard)
@@ -255,6 +257,12 @@ def _small(size: Size) -> Size:
         rows=min(size.rows, SMALL.rows),
         vocabulary=min(size.vocabulary, SMALL.vocabulary),
     )
+
+
+def _faulted(finding: Finding) -> bool:
+    """Whether a guard page may be what the worker died of: an abort, or an exit, is something else."""
+    signal = finding.key.startswith(("signal SIGSEGV", "signal SIGBUS"))
+    return finding.kind == "Crashed" and (signal or not finding.key.startswith(("signal", "exit")))
 
 
 def _alike(one: Finding, other: Finding) -> bool:
