@@ -25,7 +25,13 @@ def summary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     arguments = [
         *(sys.executable, "-m", "pytest", "-p", "kerneltest.plugin", "-p", "no:cacheprovider"),
         *("-c", str(ZOO / "pytest.ini"), "-k", "cuda and not hung", "-q"),
-        *("--kernel-suite=zoo", "--kernel-sequences=0", "--kernel-device=cuda", "--kernel-seed=7"),
+        *(
+            "--kernel-suite=zoo",
+            "--kernel-sequences=0",
+            "--kernel-misused=0",
+            "--kernel-device=cuda",
+            "--kernel-seed=7",
+        ),
         *(f"--kernel-json={folder / 's.json'}", f"--kernel-report={folder / 'r.html'}", f"--kernel-fixtures={folder}"),
     ]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ZOO, check=False)

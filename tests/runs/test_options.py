@@ -50,7 +50,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def collect(project: Project, *commands: Sequence[str], **environment: str) -> list[list[str]]:
     """The node ids that each of the commands selects, without the hunts of launch sequences."""
-    plain = ["--collect-only", "-q", "--kernel-sequences=0"]
+    plain = ["--collect-only", "-q", "--kernel-sequences=0", "--kernel-misused=0"]
     runs = project.pytest_each(*([*plain, *command] for command in commands), **environment)
     for command, run in zip(commands, runs, strict=True):
         assert run.code == 0, (command, run.out + run.err)
@@ -148,9 +148,9 @@ def test_suites_are_chosen_by_name(project: Project) -> None:
     assert sorted(two) == OWN
 
 
-def test_every_kernel_has_a_hunt_of_sequences_too(project: Project) -> None:
-    (ids,) = collect(project, ["--kernel-suite=mine", "--kernel-sequences=3"])
-    assert ids == [f"{node_id}{end}" for node_id in OWN[:2] for end in ("", "-in-company")]
+def test_every_kernel_has_a_hunt_of_sequences_and_one_on_bad_input_too(project: Project) -> None:
+    (ids,) = collect(project, ["--kernel-suite=mine", "--kernel-sequences=3", "--kernel-misused=1"])
+    assert ids == [f"{node_id}{end}" for node_id in OWN[:2] for end in ("", "-in-company", "-on-bad-input")]
 
 
 def test_a_listed_node_id_selects_its_item_alone(project: Project) -> None:

@@ -67,8 +67,8 @@ for arguments in json.loads(sys.argv[1]):
     runs.append((int(code), out.getvalue(), err.getvalue()))
 print(json.dumps(runs))
 """
-# Launch sequences have runs of their own.
-HUNT = ("--kernel-profile=quick", "--kernel-device=cpu", "--kernel-sequences=0")
+# Launch sequences and bad input have runs of their own.
+HUNT = ("--kernel-profile=quick", "--kernel-device=cpu", "--kernel-sequences=0", "--kernel-misused=0")
 
 
 @dataclass(frozen=True)

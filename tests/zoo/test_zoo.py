@@ -47,6 +47,7 @@ def hunt(folder: Path, *arguments: str) -> dict[str, Any]:
     options = [
         "--kernel-suite=zoo",
         "--kernel-sequences=0",
+        "--kernel-misused=0",
         "--kernel-device=cpu",
         "--kernel-seed=11",
         f"--kernel-json={summary}",
