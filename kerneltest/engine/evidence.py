@@ -78,10 +78,14 @@ class Store:
         path = self.path(evidence)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"schema": SCHEMA, "evidence": encode(evidence)}, file, indent=1)
-            file.write("\n")
-        Path(name).replace(path)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"schema": SCHEMA, "evidence": encode(evidence)}, file)
+                file.write("\n")
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink()
+            raise
 
 
 def nothing_yet(kernel: Kernel, case: Case[Any], started: Started, seed_value: int) -> Evidence:

@@ -108,13 +108,16 @@ def detectable(
         return 1.0
     needed = math.log(len(KAPPAS) * among) - math.log(alpha)
     luck = math.sqrt(-math.log1p(-power) / (2 * draws))
-    low, high = 0.0, 1.0
-    while high - low > 0.01 * high:
-        middle = math.sqrt(low * high) if low else high / 4
-        if middle < 1e-9:
-            break
-        reached = _least_log_e(probabilities, draws, middle) >= needed
-        low, high = (low, middle) if reached else (middle, high)
+    # About what it takes; then the bracket around the smallest that is enough, to within 1 %.
+    high = math.sqrt((needed + len(probabilities) / 4) / (2 * draws))
+    while high < 1 and _least_log_e(probabilities, draws, high) < needed:
+        high *= 1.5
+    low = high / 1.5
+    while high < 1 and low > luck / 100 and _least_log_e(probabilities, draws, low) >= needed:
+        low, high = low / 1.5, low
+    while high < 1 and high - low > 0.01 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if _least_log_e(probabilities, draws, middle) >= needed else (middle, high)
     return min(1.0, high + luck)
 
 
@@ -196,22 +199,19 @@ def _least_log_e(probabilities: torch.Tensor, n: int, t: float) -> float:
     are those at which counts are proportional to p within S and outside.
     """
     p = probabilities
-    most = float(p.max())
-    s = _shares(most, float(p.min()), t)
+    s = _shares(float(p.max()), float(p.min()), t)
     if not len(s):
         return math.inf
-    best = torch.full_like(s, -math.inf)
-    for kappa in KAPPAS:
-        start = torch.tensor(kappa, dtype=torch.float64)
-        constant = torch.lgamma(start) - torch.lgamma(start + n) - torch.lgamma(kappa * p).sum()
-        inside = (kappa + n * (1 + t / s)).log()
-        outside = (kappa + n * (1 - t / (1 - s)).clamp(min=0.0)).log()
-        slope = kappa * (inside - outside) - (inside.exp() - outside.exp())
-        within, beyond = _dual(p, kappa, inside), _dual(p, kappa, outside)
-        lost = (slope[:, None] * p - (within - beyond)).clamp(min=0.0).sum(-1)
-        bound = beyond.sum(-1) + slope * s - lost + inside * n * (s + t) + outside * n * (1 - s - t)
-        best = torch.maximum(best, constant + bound)
-    return float(best.min())
+    kappa = torch.tensor(KAPPAS, dtype=torch.float64)[:, None]
+    constant = torch.lgamma(kappa) - torch.lgamma(kappa + n) - torch.lgamma(kappa * p).sum(-1, keepdim=True)
+    inside = kappa + n * (1 + t / s)
+    outside = kappa + n * (1 - t / (1 - s)).clamp(min=0.0)
+    first, second = inside.log(), outside.log()
+    slope = kappa * (first - second) - (inside - outside)
+    within, beyond = _dual(p, kappa, inside), _dual(p, kappa, outside)
+    lost = (slope[..., None] * p - (within - beyond)).clamp(min=0.0).sum(-1)
+    bound = beyond.sum(-1) + slope * s - lost + first * n * (s + t) + second * n * (1 - s - t)
+    return float((constant + bound).amax(0).min())
 
 
 def _shares(most: float, least: float, t: float) -> torch.Tensor:
@@ -222,18 +222,18 @@ def _shares(most: float, least: float, t: float) -> torch.Tensor:
     return torch.cat([low + (high - low) * steps for low, high in ranges if 0 < low <= high < 1] or [steps[:0]])
 
 
-def _dual(p: torch.Tensor, kappa: float, multiplier: torch.Tensor) -> torch.Tensor:
-    """h_k(λ) = min over z > 0 of lnΓ(z) - (z - κ p_k)(ln p_k + λ), from below; [λ, bins].
+def _dual(p: torch.Tensor, kappa: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+    """h_k(λ) = min over z > 0 of lnΓ(z) - (z - κ p_k)(ln p_k + λ), from below; [κ, λ, bins], ``multiplier`` is e^λ.
 
-    lnΓ(w + 1/2) >= w ln w - w + ln(2π)/2 - 1/(24 w), so for large e^(ln p + λ) the minimum is near w = e^(ln p + λ);
-    elsewhere ψ(z) = ln p + λ is solved by Newton's method.
+    lnΓ(w + 1/2) >= w ln w - w + ln(2π)/2 - 1/(24 w), so for large w = p_k e^λ the minimum is near that; elsewhere
+    ψ(z) = ln w is solved by Newton's method.
     """
-    slope = p.log() + multiplier[:, None]
-    w = p * multiplier.exp()[:, None]
-    large = -w + 0.5 * math.log(2 * math.pi) - 1 / (24 * w) - 1 / (500 * w**3) - (0.5 - kappa * p) * slope
+    w = multiplier[..., None] * p
+    slope, start = w.log(), (kappa * p)[:, None, :]
+    large = -w + 0.5 * math.log(2 * math.pi) - 1 / (24 * w) - 1 / (500 * w**3) - (0.5 - start) * slope
     small = w < 4
     if bool(small.any()):
-        at, where = slope[small], (kappa * p).expand_as(slope)[small]
+        at, where = slope[small], start.expand_as(slope)[small]
         z = torch.where(at > -2.22, at.exp() + 0.5, -1 / (at + 0.5772156649))
         for _ in range(4):
             z = z - (torch.digamma(z) - at) / torch.polygamma(1, z)
