@@ -19,6 +19,9 @@ SWITCHES = (32, 256, 1024, 2048, 4096, 8192, 16_384, 32_000, 65_536, 128_256, 15
 # Elements of a case: most are small, so that there can be many of them.
 CELLS = (1 << 18, 1 << 18, 1 << 20, 1 << 24)
 MOST_CELLS = 60_000_000
+# Input strategies of probabilities and of logits; see :mod:`._inputs`.
+ALL = ("generic", "ties", "near_ties", "masked", "heavy_tail", "peaked", "subnormal", "uniform", "zipf", "dyadic")
+ALL_LOGITS = ("generic", "ties", "masked", "heavy_tail", "peaked", "uniform", "zipf", "dyadic", "subnormal_logits")
 TOP_P = (0.9, 1.0, 0.5, 0.75, 0.25, 0.95, 0.999, 0.1, 1e-3)
 TOP_K = (1, 2, 3, 8, 20, 50, 256, 257)
 MIN_P = (0.1, 0.5, 1.0, 0.05, 1e-3, 0.0)

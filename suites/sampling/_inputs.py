@@ -100,7 +100,8 @@ def _subnormal(rows: int, vocabulary: int, random: torch.Generator) -> torch.Ten
     usual = torch.rand(rows, vocabulary, generator=random) < 0.3
     usual.scatter_(-1, torch.randint(vocabulary, (rows, 1), generator=random), value=True)
     low = -88.0 - 16.0 * torch.rand(rows, vocabulary, generator=random)
-    return _generic(rows, vocabulary, random).softmax(-1).where(usual, low.double().exp().float())
+    usual_values = _generic(rows, vocabulary, random).masked_fill(~usual, -torch.inf).softmax(-1)
+    return usual_values.where(usual, low.double().exp().float())
 
 
 def _subnormal_logits(rows: int, vocabulary: int, random: torch.Generator) -> torch.Tensor:

@@ -29,6 +29,7 @@ BASES: tuple[tuple[str, int, int], ...] = (
     ("generic", 2, 1),
     ("uniform", 17, 2),
     ("ties", 32, 3),
+    ("dyadic", 64, 8),
     ("zipf", 1000, 4),
     ("heavy_tail", 1000, 5),
     ("heavy_tail", 5000, 2),
@@ -38,7 +39,7 @@ BASES: tuple[tuple[str, int, int], ...] = (
     ("heavy_tail", 128_256, 14),
 )
 # Mass that filters may disagree about for no other reason than rounding.
-CLEAR = 1e-5
+CLEAR = 1e-4
 # Half of the cases pick their one row by indices, the others have as many equal rows as draws.
 INDICES: tuple[Literal["", "int32", "int64"], ...] = ("", "int32", "", "int64")
 # A block scan, or better.
@@ -48,7 +49,7 @@ SUMS = AccModel(24, "rne", 1024, extra=64)
 def portfolio(operator: str, *filters: Mapping[str, Any]) -> Callable[[Size], tuple[Case[Rows], ...]]:
     """Cases of an operator: each base with each of the ``filters`` whose parameters fit its vocabulary and values.
 
-    A filter may name in ``"on"`` the inputs that its border is clear on.
+    A filter may name in ``"on"`` the inputs that its border is clear on; a ``top_k`` of 0 is the whole vocabulary.
     """
 
     def cases(size: Size) -> tuple[Case[Rows], ...]:
@@ -58,8 +59,10 @@ def portfolio(operator: str, *filters: Mapping[str, Any]) -> Callable[[Size], tu
                 continue
             for chosen in filters or ({},):
                 parameters = dict(chosen)
-                if inputs not in parameters.pop("on", (inputs,)) or (parameters.get("top_k") or 1) > vocabulary:
+                if inputs not in parameters.pop("on", (inputs,)) or parameters.get("top_k", 1) > vocabulary:
                     continue
+                if "top_k" in parameters:
+                    parameters["top_k"] = parameters["top_k"] or vocabulary
                 draws = rows_of(size, vocabulary)
                 indices = INDICES[len(found) % len(INDICES)]
                 more: dict[str, Any] = {"rows": draws, "shared": True}

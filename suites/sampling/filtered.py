@@ -8,11 +8,10 @@ both look at the same probabilities; in "top_k_first" top-p looks at what top-k 
 
 from __future__ import annotations
 
-from ._axes import Family, strategies
+from ._axes import ALL, ALL_LOGITS, Family, strategies
 from ._operators import sampler
 from ._portfolio import portfolio
 
-ALL = ("generic", "ties", "near_ties", "masked", "heavy_tail", "peaked", "subnormal", "uniform", "zipf", "dyadic")
 TOP_P = Family(operator="top_p_sampling", inputs=strategies(*ALL, "unnormalised"), parameters=("top_p",), draws=True)
 TOP_K = Family(operator="top_k_sampling", inputs=strategies(*ALL), parameters=("top_k",), draws=True)
 MIN_P = Family(operator="min_p_sampling", inputs=strategies(*ALL), parameters=("min_p",), draws=True)
@@ -25,21 +24,22 @@ TOP_K_TOP_P = Family(
 )
 TOP_K_TOP_P_LOGITS = Family(
     operator="top_k_top_p_sampling_from_logits",
-    inputs=strategies("generic", "ties", "masked", "heavy_tail", "peaked", "uniform", "zipf"),
+    inputs=strategies(*ALL_LOGITS),
     parameters=("top_k", "top_p"),
     orders=("joint", "top_k_first"),
     draws=True,
 )
-# Inputs without equal tokens, so that a border means the same to everybody.
+# Inputs without equal tokens, so that a border means the same to everybody; elsewhere none is among equals.
 DISTINCT = ("generic", "zipf")
+EVERYTHING = ("uniform", "heavy_tail", "ties")
 BOTH_ORDERS = tuple(
     {"top_k": k, "top_p": p, "order": order, "on": on}
     for order in ("joint", "top_k_first")
-    for k, p, on in ((2, 1.0, ("generic",)), (50, 0.9, ("zipf",)), (1, 0.5, ("heavy_tail",)))
+    for k, p, on in ((2, 1.0, ("generic",)), (50, 0.9, ("zipf",)), (0, 1.0, ("heavy_tail",)))
 )
 
 top_p_sampling = sampler(
-    TOP_P, portfolio(TOP_P.operator, {"top_p": 0.8, "on": DISTINCT}, {"top_p": 1.0, "on": ("uniform", "heavy_tail")})
+    TOP_P, portfolio(TOP_P.operator, {"top_p": 0.8, "on": DISTINCT}, {"top_p": 1.0, "on": EVERYTHING})
 )
 top_k_sampling = sampler(
     TOP_K,
@@ -47,12 +47,17 @@ top_k_sampling = sampler(
         TOP_K.operator,
         {"top_k": 2, "on": ("generic",)},
         {"top_k": 100, "on": ("zipf",)},
-        {"top_k": 17, "on": ("uniform",)},
-        {"top_k": 1000, "on": ("heavy_tail", "zipf")},
+        {"top_k": 0, "on": EVERYTHING},
     ),
 )
 min_p_sampling = sampler(
-    MIN_P, portfolio(MIN_P.operator, {"min_p": 0.02}, {"min_p": 0.0, "on": ("heavy_tail", "uniform")})
+    MIN_P,
+    portfolio(
+        MIN_P.operator,
+        {"min_p": 0.25, "on": ("generic", "ties", "dyadic")},
+        {"min_p": 0.02, "on": ("zipf", "uniform")},
+        {"min_p": 0.0, "on": ("heavy_tail",)},
+    ),
 )
 top_k_top_p_sampling = sampler(TOP_K_TOP_P, portfolio(TOP_K_TOP_P.operator, *BOTH_ORDERS))
 top_k_top_p_sampling_from_logits = sampler(

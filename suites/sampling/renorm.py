@@ -6,10 +6,9 @@ and every other logit as it is.
 
 from __future__ import annotations
 
-from ._axes import DTYPES, Family, strategies
+from ._axes import ALL, ALL_LOGITS, DTYPES, Family, strategies
 from ._operators import distribution
 from ._relations import ROW_PERMUTATION
-from .filtered import ALL
 
 TOP_P = Family(
     operator="top_p_renorm",
@@ -26,7 +25,7 @@ TOP_K = Family(
 )
 MASK = Family(
     operator="top_k_mask_logits",
-    inputs=strategies("generic", "ties", "masked", "heavy_tail", "peaked", "subnormal_logits", "uniform", "zipf"),
+    inputs=strategies(*ALL_LOGITS),
     parameters=("top_k",),
     dtypes=DTYPES,
     relations=(ROW_PERMUTATION,),

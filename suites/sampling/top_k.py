@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from kerneltest.model import Case, Materials, Operator, OutputSpec
 
-from ._axes import DTYPES, Family, Rows, cases, locate, simpler, strategies
+from ._axes import ALL_LOGITS, DTYPES, Family, Rows, cases, locate, simpler, strategies
 from ._operators import certifier, materializer, no_budget, reference
 from ._relations import ROW_PERMUTATION
 
 FAMILY = Family(
     operator="top_k",
-    inputs=strategies("generic", "ties", "near_ties", "masked", "subnormal_logits", "uniform", "heavy_tail", "zipf"),
+    inputs=strategies(*ALL_LOGITS, "near_ties"),
     parameters=("top_k",),
     dtypes=DTYPES,
     per_row=False,

@@ -6,18 +6,18 @@ never is.
 
 from __future__ import annotations
 
-from ._axes import DTYPES, Family, strategies
+from ._axes import ALL, ALL_LOGITS, DTYPES, Family, strategies
 from ._operators import sampler
 from ._portfolio import portfolio
 
 PROBS = Family(
     operator="sampling_from_probs",
-    inputs=strategies("generic", "masked", "heavy_tail", "peaked", "subnormal", "uniform", "zipf", "dyadic"),
+    inputs=strategies(*ALL),
     draws=True,
 )
 LOGITS = Family(
     operator="sampling_from_logits",
-    inputs=strategies("generic", "masked", "heavy_tail", "peaked", "uniform", "zipf", "subnormal_logits"),
+    inputs=strategies(*ALL_LOGITS),
     dtypes=DTYPES,
     draws=True,
 )
