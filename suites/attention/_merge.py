@@ -112,7 +112,7 @@ def merge_budget(x: States, numerics: MergeNumerics) -> dict[str, ErrorBudget]:
     * the log-sum-exp of a state merged before is a sum and a logarithm of a number from 1 to the number of states:
       c (u |s| + 2^-22 (1 + log2 states)) for every further round, with max |s_i| + log_B states for |s|.
 
-    Numerator and denominator move the output by Σ w_i δ_i (|v_i| + |o|) / (1 - Σ w δ), the division by 2^-22 |o|,
+    Numerator and denominator move the output by Σ w_i δ_i (|v_i| + |o|) / (1 - Σ w δ), each division by 2^-22 |o|,
     rounding partial outputs by u_part Σ w|v| and η_part in each round, a weight below 2^-126 that is flushed by 2^-126
     |v|. The log-sum-exp, in its base, is off by Σ w δ / (c (1 - Σ w δ)), and for itself and each round u |s| twice, for
     its sum and a product in base e, and 2^-22 (1 + log2 states).
@@ -140,7 +140,7 @@ def merge_budget(x: States, numerics: MergeNumerics) -> dict[str, ErrorBudget]:
     out = (w_out * v).sum(1)
     absolute = (w_out * v.abs()).sum(1)
     moved = (w_out * delta.unsqueeze(-1) * v.abs()).sum(1) + share.unsqueeze(-1) * out.abs()
-    hard = moved / away + DIVISION * out.abs() + FLUSHED * (v.abs().sum(1) + 1)
+    hard = moved / away + (1 + numerics.rounds) * DIVISION * out.abs() + FLUSHED * (v.abs().sum(1) + 1)
     if numerics.partial.t < FP32.t:
         hard = hard + numerics.rounds * (numerics.partial.u * absolute + numerics.partial.eta)
     of_sum = (1 + numerics.rounds) * (2 * u * size.squeeze(1) + logarithm) + share / ((1 - share) * unit)

@@ -23,7 +23,7 @@ def materials(case: Case[PageAppend]) -> Materials:
     order = torch.randperm(total, generator=random) if axes.shuffled else torch.arange(total)
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, OutputSpec] = {}
-    for name, inner in zip(streams(case), _inner(case), strict=True):
+    for name, inner in zip(streams(case), inner_shapes(case), strict=True):
         shape = (total, axes.page_size, *inner)
         if axes.layout == "HND":
             shape = (total, inner[0], axes.page_size, *inner[1:])
@@ -36,14 +36,12 @@ def materials(case: Case[PageAppend]) -> Materials:
         "append_indptr": _indptr(new),
         "kv_indptr": _indptr(counts),
         "kv_indices": order[:used].to(torch.int32),
-        "kv_last_page_len": torch.tensor(
-            [(n - 1) % axes.page_size + 1 if n else 0 for n in lengths], dtype=torch.int32
-        ),
+        "kv_last_page_len": torch.tensor(last, dtype=torch.int32),
     }
     return Materials(inputs=inputs, dead=(), outputs=outputs)
 
 
-def _inner(case: Case[PageAppend]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def inner_shapes(case: Case[PageAppend]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of what a token has in either stream."""
     if case.operator == "mla_page_append":
         return (CKV_DIM,), (KPE_DIM,)

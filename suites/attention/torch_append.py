@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Call, Case, Device, Kernel, LaunchContract, Operator
 
-from .page_append import Exact, mla_page_append, page_append, streams
+from ._checks import require, require_within
+from .page_append import Exact, PageAppend, mla_page_append, page_append, streams
 
 if TYPE_CHECKING:
     import torch
+
+
+TRUST = "what tables on the device hold is the caller's, as with every kernel that does not wait for it"
 
 
 def launch(call: Call) -> Mapping[str, torch.Tensor]:
     """Copies the cache and writes the new tokens into the copy, all of them at once, from the tables alone."""
     import torch
 
+    check(call)
     axes, x = call.case.axes, call.inputs
+    require_within("kv_indices", x["kv_indices"], x[f"{streams(call.case)[0]}_pages"].shape[0])
     new, table = x["append_indptr"].long(), x["kv_indptr"].long()
     count = new.diff()
     request = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
@@ -36,6 +42,25 @@ def launch(call: Call) -> Mapping[str, torch.Tensor]:
     return call.outputs
 
 
+def check(call: Call) -> None:
+    """Raise ValueError or TypeError that names the first tensor of another shape, dtype or device than the rest."""
+    import torch
+
+    from ._page_append import inner_shapes
+
+    axes: PageAppend = call.case.axes
+    batch, new = len(axes.requests), sum(request.new for request in axes.requests)
+    used, shapes = sum(map(axes.pages, axes.requests)), dict[str, tuple[int, ...]]()
+    for name, inner in zip(streams(call.case), inner_shapes(call.case), strict=True):
+        slots = (inner[0], axes.page_size, *inner[1:]) if axes.layout == "HND" else (axes.page_size, *inner)
+        pages = used + axes.spare_pages
+        shapes |= {f"append_{name}": (new, *inner), f"{name}_pages": (pages, *slots), f"{name}_cache": (pages, *slots)}
+    dtypes = dict.fromkeys(shapes, getattr(torch, axes.dtype))
+    table = {"append_indptr": batch + 1, "kv_indptr": batch + 1, "kv_indices": used, "kv_last_page_len": batch}
+    shapes |= {name: (length,) for name, length in table.items()}
+    require({**call.inputs, **call.outputs}, shapes, dtypes | dict.fromkeys(table, torch.int32))
+
+
 def numerics(case: Case[Any], device: Device) -> Exact:
     return Exact()
 
@@ -46,7 +71,8 @@ def _kernel(operator: Operator) -> Kernel:
         operator=operator,
         launch=launch,
         numerics=numerics,
-        contract=LaunchContract(),  # repeat_interleave waits for the device
+        # Nothing can be captured: repeat_interleave waits for the device.
+        contract=LaunchContract(trusts=dict.fromkeys(("indptr", "value out of range"), TRUST)),
     )
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kerneltest.model import FORMATS, Call, Case, Device, Kernel, LaunchContract, Operator
 
-from .merge_state import MergeNumerics, merge_state, merge_state_in_place, merge_states
+from ._checks import require
+from .merge_state import MergeNumerics, MergeStates, merge_state, merge_state_in_place, merge_states
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ def launcher(base: Base) -> Callable[[Call], Mapping[str, torch.Tensor]]:
 
         from ._merge import stacked
 
+        check(call)
         x = stacked(call.case, call.inputs)
         exp, log = (torch.exp2, torch.log2) if base == "2" else (torch.exp, torch.log)
         peak = x.s.amax(1, keepdim=True)
@@ -40,6 +42,24 @@ def launcher(base: Base) -> Callable[[Call], Mapping[str, torch.Tensor]]:
         return call.outputs
 
     return launch
+
+
+def check(call: Call) -> None:
+    """Raise ValueError or TypeError that names the first tensor of another shape, dtype or device than the rest."""
+    import torch
+
+    axes: MergeStates = call.case.axes
+    of_states = (
+        (axes.rows, axes.states, axes.heads) if call.case.operator == "merge_states" else (axes.rows, axes.heads)
+    )
+    tensors = {**call.inputs, **call.outputs}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in tensors:
+        of = (axes.rows, axes.heads) if name in ("out", "lse") else of_states
+        shapes[name] = (axes.rows,) if name == "mask" else of if name[0] in "sl" else (*of, axes.head_dim)
+    floating = getattr(torch, axes.dtype)
+    dtypes = {name: torch.float32 if name[0] in "sl" else floating for name in tensors}
+    require(tensors, shapes, dtypes | {"mask": torch.bool})
 
 
 def numerics(base: Base) -> Callable[[Case[Any], Device], MergeNumerics]:
