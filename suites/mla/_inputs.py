@@ -89,18 +89,18 @@ def dyadic(draw: Draw) -> Values:
     q_nope, q_pe, ckv, kpe = draw.normal()
     columns = torch.randperm(draw.axes.rank, generator=draw.random)[:DYADIC_COLUMNS]
     some = torch.zeros_like(q_nope)
-    some[..., columns] = _largest(q_nope[..., columns], DYADIC_LATENT)
-    ckv[..., columns] = _whole(ckv[..., columns])
-    return some, _largest(q_pe, DYADIC_ROPE), ckv, _whole(kpe)
+    some[..., columns] = largest(q_nope[..., columns], DYADIC_LATENT)
+    ckv[..., columns] = whole_numbers(ckv[..., columns])
+    return some, largest(q_pe, DYADIC_ROPE), ckv, whole_numbers(kpe)
 
 
-def _largest(x: torch.Tensor, count: int) -> torch.Tensor:
+def largest(x: torch.Tensor, count: int) -> torch.Tensor:
     """The signs of the ``count`` largest channels of each row, which are random ones, and 0 elsewhere."""
     kept = x.abs().topk(min(count, x.shape[-1]), -1).indices
     return torch.zeros_like(x).scatter_(-1, kept, x.gather(-1, kept).sign())
 
 
-def _whole(x: torch.Tensor) -> torch.Tensor:
+def whole_numbers(x: torch.Tensor) -> torch.Tensor:
     """-1, 0 and 1, a third each."""
     return x.sign() * (x.abs() > attention.DYADIC_THRESHOLD)
 

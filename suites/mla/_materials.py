@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,48 +10,62 @@ import torch
 from kerneltest.model import Case, DeadBytes, Materials, OutputSpec
 
 from ..attention import paged_prefill as attention
+from . import _inputs, _layer_inputs
 from ._axes import Mla
-from ._inputs import values
 
 # The tensors of the cache, and attention's that have the same dead slots.
 PAGES = {"ckv_pages": "v_pages", "kpe_pages": "k_pages"}
+Fill = Callable[[Case[Mla], Sequence[torch.Tensor], int, torch.Generator], Sequence[torch.Tensor]]
 
 
 def materialize(case: Case[Mla]) -> Materials:
-    """All of them from ``case.seed``:
+    """Of ``mla_paged_attention``, all of them from ``case.seed``:
 
     ``q_nope`` [total_qo, heads, rank], ``q_pe`` [total_qo, heads, rope]; ``ckv_pages`` [pages, page_size, rank],
     ``kpe_pages`` [.., rope]; int32 ``qo_indptr``, ``kv_indptr`` [batch + 1] (the latter counts pages), ``kv_indices``
     [referenced pages] and ``kv_len`` [batch]. Raises ValueError if the inputs' scale does not fit them.
     """
+    return _paged(case, ("q_nope", "q_pe", "ckv_pages", "kpe_pages"), _inputs.values, case.axes.rank)
+
+
+def materialize_layer(case: Case[Mla]) -> Materials:
+    """Of ``mla_attention``: the same, but ``q_nope`` [total_qo, heads, nope]; and the projections ``w_uk`` [heads,
+    nope, rank] and ``w_uv`` [heads, v_dim, rank].
+    """
+    names = ("q_nope", "q_pe", "ckv_pages", "kpe_pages", "w_uk", "w_uv")
+    return _paged(case, names, _layer_inputs.values, case.axes.dims.v_dim)
+
+
+def _paged(case: Case[Mla], names: Sequence[str], values: Fill, out_dim: int) -> Materials:
     axes = case.axes
     # Page tables do not depend on values: those of the smallest head there is are thrown away.
     plain = Case(operator="paged_prefill", axes=axes.as_attention(1), inputs="integer", seed=case.seed)
     layout = attention.materialize(plain)
     pages = torch.split(layout.inputs["kv_indices"].long(), [axes.pages(request) for request in axes.requests])
-    total = len(layout.inputs["k_pages"])
-    drawn = values(case, pages, total, torch.Generator().manual_seed(case.seed))
-    inputs = dict(zip(("q_nope", "q_pe", "ckv_pages", "kpe_pages"), drawn, strict=True))
+    drawn = values(case, pages, len(layout.inputs["k_pages"]), torch.Generator().manual_seed(case.seed))
+    inputs = dict(zip(names, drawn, strict=True))
     inputs |= {name: layout.inputs[name] for name in ("qo_indptr", "kv_indptr", "kv_indices")}
     inputs["kv_len"] = torch.tensor([request.kv_len for request in axes.requests], dtype=torch.int32)
-    return Materials(inputs=inputs, dead=dead(layout.dead), outputs=outputs(axes))
+    rows = (axes.total_qo, axes.heads)
+    return Materials(inputs=inputs, dead=_dead(layout.dead), outputs=_outputs((*rows, out_dim), axes.dtype))
 
 
-def outputs(axes: Mla) -> dict[str, OutputSpec]:
-    return {
-        "out": OutputSpec(shape=(axes.total_qo, axes.heads, axes.rank), dtype=axes.dtype),
-        "lse": OutputSpec(shape=(axes.total_qo, axes.heads), dtype="float32"),
-    }
+def _outputs(shape: tuple[int, ...], dtype: str) -> dict[str, OutputSpec]:
+    return {"out": OutputSpec(shape=shape, dtype=dtype), "lse": OutputSpec(shape=shape[:-1], dtype="float32")}
 
 
-def dead(of_attention: tuple[DeadBytes, ...]) -> tuple[DeadBytes, ...]:
+def _dead(of_attention: tuple[DeadBytes, ...]) -> tuple[DeadBytes, ...]:
     """Dead slots of the cache of latents, from those of K and V pages."""
     names = {theirs: ours for ours, theirs in PAGES.items()}
     return tuple(replace(one, tensor=names[one.tensor]) for one in of_attention)
 
 
 def as_attention(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of ``paged_prefill`` with one KV head: K = [latent, rotated key], V = latent."""
+    """The inputs of ``paged_prefill`` with one KV head: q = [q_nope, q_pe], K = [latent, rotated key], V = latent.
+
+    Of ``mla_paged_attention`` that is what it computes; of ``mla_attention`` only a way to say which request has which
+    rows and slots.
+    """
     page_size = inputs["ckv_pages"].shape[1]
     kv_len = inputs["kv_len"]
     return {
@@ -63,23 +77,22 @@ def as_attention(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def from_attention(case: Case[Mla], materials: Materials) -> Materials:
-    """Back from the tensors of attention, of any batch over a cache of the case's kind."""
-    x, rank, page_size = materials.inputs, case.axes.rank, case.axes.page_size
+def from_attention(original: Materials, materials: Materials) -> Materials:
+    """Back from the tensors of attention: of any batch over a cache like the original's, the rest as it was there."""
+    x, was = materials.inputs, original.inputs
+    nope, rank, page_size = was["q_nope"].shape[-1], was["ckv_pages"].shape[-1], x["k_pages"].shape[1]
     pages, last = x["kv_indptr"].diff(), x["kv_last_page_len"]
-    rows = x["q"].shape[:2]
+    shape = (*x["q"].shape[:2], original.outputs["out"].shape[-1])
     return Materials(
         inputs={
-            "q_nope": x["q"][..., :rank].contiguous(),
-            "q_pe": x["q"][..., rank:].contiguous(),
+            **was,
+            "q_nope": x["q"][..., :nope].contiguous(),
+            "q_pe": x["q"][..., nope:].contiguous(),
             "ckv_pages": x["k_pages"].squeeze(2)[..., :rank].contiguous(),
             "kpe_pages": x["k_pages"].squeeze(2)[..., rank:].contiguous(),
             **{name: x[name] for name in ("qo_indptr", "kv_indptr", "kv_indices")},
             "kv_len": torch.where(pages > 0, (pages - 1) * page_size + last, 0).to(torch.int32),
         },
-        dead=dead(materials.dead),
-        outputs={
-            "out": OutputSpec(shape=(*rows, rank), dtype=case.axes.dtype),
-            "lse": OutputSpec(shape=tuple(rows), dtype="float32"),
-        },
+        dead=_dead(materials.dead),
+        outputs=_outputs(shape, original.outputs["out"].dtype),
     )

@@ -1,4 +1,7 @@
-"""How a case of absorbed MLA is transformed for each relation, and what the answers then say of the original."""
+"""How a case of MLA is transformed for each relation, and what the answers then say of the original.
+
+What meets the latents in a score is the query where it is absorbed, and W_UK in a whole layer.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from kerneltest.model import FORMATS, FP32, Bounded, Case, Inapplicable, Materials, Numerics, Related, Variant
+from kerneltest.model import FORMATS, FP32, Bounded, Case, Inapplicable, Materials, Related, Variant
 
 from ..attention._transformations import TRANSFORMATIONS as OF_ATTENTION
 from . import _materials
@@ -25,53 +28,48 @@ def transform(name: str, case: Case[Mla], materials: Materials) -> tuple[Related
         return OWN[name](case, materials)
     # Of its keys' size: the values of q and k are bounded by it. What it says of the output's shape is not used.
     inner = as_attention(case, case.axes.key_dim)
-    of_attention = {theirs: ours for ours, theirs in _materials.PAGES.items()}
     dressed = Materials(
         inputs=_materials.as_attention(materials.inputs),
-        dead=tuple(
-            replace(one, tensor=theirs)
-            for theirs, ours in of_attention.items()
-            for one in materials.dead
-            if one.tensor == ours
-        ),
+        dead=tuple(replace(one, tensor=_materials.PAGES[one.tensor]) for one in materials.dead),
         outputs=materials.outputs,
     )
+
+    def undressed(variant: Variant) -> Variant:
+        axes = variant.case.axes
+        changed = replace(case.axes, requests=axes.requests, causal=axes.causal, sm_scale=axes.sm_scale)
+        return Variant(
+            case=replace(case, axes=changed, relation=""),
+            materials=_materials.from_attention(materials, variant.materials),
+        )
+
     return tuple(
-        replace(related, variants=tuple(_undressed(case, variant) for variant in related.variants))
+        replace(related, variants=tuple(undressed(variant) for variant in related.variants))
         for related in OF_ATTENTION[name](inner, dressed)
     )
 
 
-def _undressed(case: Case[Mla], variant: Variant) -> Variant:
-    axes = variant.case.axes
-    changed = replace(case.axes, requests=axes.requests, causal=axes.causal, sm_scale=axes.sm_scale)
-    return Variant(
-        case=replace(case, axes=changed, relation=""), materials=_materials.from_attention(case, variant.materials)
-    )
-
-
 def latent_sign(case: Case[Mla], materials: Materials) -> tuple[Related, ...]:
-    x = materials.inputs
+    x, met = materials.inputs, _met(materials)
 
-    def back(answers: Sequence[Answer], _numerics: Numerics) -> Answer:
+    def back(answers: Sequence[Answer], _numerics: object) -> Answer:
         return _on_out(answers[0], lambda out: replace(out, value=-out.value))
 
-    variant = _with(case, materials, q_nope=-x["q_nope"], ckv_pages=-x["ckv_pages"])
+    variant = _with(case, materials, ckv_pages=-x["ckv_pages"], **{met: -x[met]})
     return (Related(variants=(variant,), back=back),)
 
 
 def latent_scale(case: Case[Mla], materials: Materials) -> tuple[Related, ...]:
-    x, fmt = materials.inputs, FORMATS[case.axes.dtype]
+    x, met, fmt = materials.inputs, _met(materials), FORMATS[case.axes.dtype]
     keys = max(request.kv_len for request in case.axes.requests)
-    # A dead slot may hold anything, and is poisoned later.
-    largest = float(x["ckv_pages"].abs().max()) * 2.0 ** (POWER + 1)
+    # What a sum of latents, or of values made of them, may reach.
+    largest = float(x["ckv_pages"].abs().max()) * 2.0 ** (POWER + 1) * case.axes.rank
     if largest > fmt.max or largest * keys > FP32.max:
         raise Inapplicable("the latents are too large to be multiplied by 4")
-    quarter = x["q_nope"] / 2**POWER
-    if not torch.equal(quarter * 2**POWER, x["q_nope"]):
-        raise Inapplicable("q_nope is too small to be divided by 4")
+    quarter = x[met] / 2**POWER
+    if not torch.equal(quarter * 2**POWER, x[met]):
+        raise Inapplicable(f"{met} is too small to be divided by 4")
 
-    def back(answers: Sequence[Answer], _numerics: Numerics) -> Answer:
+    def back(answers: Sequence[Answer], _numerics: object) -> Answer:
         def divided(out: Bounded) -> Bounded:
             value = out.value / 2**POWER
             # Below the normal range there are fewer digits: what was rounded to them once need not come back. Products
@@ -81,24 +79,45 @@ def latent_scale(case: Case[Mla], materials: Materials) -> tuple[Related, ...]:
 
         return _on_out(answers[0], divided)
 
-    variant = _with(case, materials, q_nope=quarter, ckv_pages=x["ckv_pages"] * 2**POWER)
+    variant = _with(case, materials, ckv_pages=x["ckv_pages"] * 2**POWER, **{met: quarter})
+    return (Related(variants=(variant,), back=back),)
+
+
+def latent_permutation(case: Case[Mla], materials: Materials) -> tuple[Related, ...]:
+    x = materials.inputs
+    order = _another_order(case.axes.rank, case)
+    home = order.argsort()
+    moved = [name for name in ("q_nope", "ckv_pages", "w_uk", "w_uv") if name in x]
+    if "w_uk" in x:
+        moved.remove("q_nope")
+
+    def back(answers: Sequence[Answer], _numerics: object) -> Answer:
+        if "w_uv" in x:
+            return answers[0]
+        return _on_out(answers[0], lambda out: Bounded(value=out.value[..., home], error=out.error[..., home]))
+
+    variant = _with(case, materials, **{name: x[name][..., order] for name in moved})
     return (Related(variants=(variant,), back=back),)
 
 
 def head_permutation(case: Case[Mla], materials: Materials) -> tuple[Related, ...]:
-    x, heads = materials.inputs, case.axes.heads
-    order = torch.randperm(heads, generator=torch.Generator().manual_seed(case.seed))
-    if torch.equal(order, torch.arange(heads)):
-        order = order.flip(0)
+    x = materials.inputs
+    order = _another_order(case.axes.heads, case)
     home = order.argsort()
 
-    def back(answers: Sequence[Answer], _numerics: Numerics) -> Answer:
+    def back(answers: Sequence[Answer], _numerics: object) -> Answer:
         return {
             name: Bounded(value=given.value[:, home], error=given.error[:, home]) for name, given in answers[0].items()
         }
 
-    variant = _with(case, materials, q_nope=x["q_nope"][:, order], q_pe=x["q_pe"][:, order])
-    return (Related(variants=(variant,), back=back),)
+    moved = {name: x[name][:, order] for name in ("q_nope", "q_pe")}
+    moved |= {name: x[name][order] for name in ("w_uk", "w_uv") if name in x}
+    return (Related(variants=(_with(case, materials, **moved),), back=back),)
+
+
+def _met(materials: Materials) -> str:
+    """The input that meets the latents in a score."""
+    return "w_uk" if "w_uk" in materials.inputs else "q_nope"
 
 
 def _with(case: Case[Mla], materials: Materials, **inputs: torch.Tensor) -> Variant:
@@ -109,6 +128,12 @@ def _on_out(answer: Answer, change: Callable[[Bounded], Bounded]) -> Answer:
     return {name: change(given) if name == "out" else given for name, given in answer.items()}
 
 
+def _another_order(count: int, case: Case[Mla]) -> torch.Tensor:
+    """A random permutation that moves something."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(case.seed))
+    return order.flip(0) if torch.equal(order, torch.arange(count)) else order
+
+
 OWN: Mapping[str, Callable[[Case[Mla], Materials], tuple[Related, ...]]] = {
-    function.__name__: function for function in (latent_sign, latent_scale, head_permutation)
+    function.__name__: function for function in (latent_sign, latent_scale, latent_permutation, head_permutation)
 }

@@ -58,17 +58,24 @@ WITHOUT_TORCH = {
 # Suite files that declare nothing and that only functions import.
 WORKERS_SUITE_FILES = (
     "_attribution",
+    "_block_sparse",
     "_certify",
     "_eager",
+    "_forms",
     "_inputs",
+    "_layer_budget",
+    "_layer_inputs",
+    "_layer_terms",
     "_masks",
+    "_materials",
     "_merge",
     "_page_append",
     "_reference",
+    "_speculation",
     "_tensors",
-    "_torch_attention",
     "_torch_filters",
     "_transformations",
+    "_triton_decode",
     "_triton_prefill",
 )
 
