@@ -9,12 +9,16 @@ from typing import Literal, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Fmt:
-    """A binary floating-point format with ``t`` significant bits and normal exponents ``emin`` to ``emax``."""
+    """A binary floating-point format with ``t`` significant bits and normal exponents ``emin`` to ``emax``.
+
+    ``nan_on_top``: the largest significand of the largest exponent is NaN, as in E4M3 without infinities.
+    """
 
     name: str
     t: int
     emin: int
     emax: int
+    nan_on_top: bool = False
 
     @property
     def u(self) -> float:
@@ -29,14 +33,17 @@ class Fmt:
     @property
     def max(self) -> float:
         """The largest finite value."""
-        return (2.0 - 2.0 ** (1 - self.t)) * 2.0**self.emax
+        return (2.0 - (2 if self.nan_on_top else 1) * 2.0 ** (1 - self.t)) * 2.0**self.emax
 
 
 FP32 = Fmt("float32", 24, -126, 127)
 FP16 = Fmt("float16", 11, -14, 15)
 BF16 = Fmt("bfloat16", 8, -126, 127)
+# Micikevicius et al., FP8 formats for deep learning, arXiv 2209.05433, table 1.
+E4M3 = Fmt("float8_e4m3fn", 4, -6, 8, nan_on_top=True)
+E5M2 = Fmt("float8_e5m2", 3, -14, 15)
 # By torch's name of the dtype.
-FORMATS = {fmt.name: fmt for fmt in (BF16, FP16, FP32)}
+FORMATS = {fmt.name: fmt for fmt in (BF16, FP16, FP32, E4M3, E5M2)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +166,10 @@ class Numerics:
 
     ``p`` is the format that the unnormalised softmax weights are rounded to before P·V, ``l_from`` says whether the
     denominator sums them before or after that rounding, ``row_sum`` how. ``partial`` is the format of partial outputs
-    where the keys are split. ``dequant`` is the format that a quantised, scaled K or V is rounded to before it is
-    multiplied (None: exact). ``tile`` is the smallest number of keys between two rescales of the accumulator,
+    where the keys are split, ``partial_roundings`` how often they are rounded to it on their way into the sum.
+    ``dequant`` is the format that a quantised, scaled K or V is rounded to before it is
+    multiplied (None: exact). ``unscaled``: the format that an output is rounded to before the scale of V multiplies it
+    (None: it stays fp32). ``tile`` is the smallest number of keys between two rescales of the accumulator,
     ``exp_rel`` the relative error of its exponential, ``tanh_rel`` that of the soft-cap's tanh. ``lse_base`` is the
     base of the returned log-sum-exp (None: the kernel returns none); a row that sees no key may return
     ``lse_no_key`` or less: a finite stand-in for -Inf. ``batch_invariant`` promises that a request's bits do not depend
@@ -176,7 +185,9 @@ class Numerics:
     l_from: Literal["fp32", "rounded_p"] = "fp32"
     row_sum: AccModel = SUM_FP32
     partial: Fmt = FP32
+    partial_roundings: int = 1
     dequant: Fmt | None = None
+    unscaled: Fmt | None = None
     tile: int = 16
     exp_rel: float = EX2_APPROX
     tanh_rel: float = TANH_APPROX
@@ -197,6 +208,7 @@ class Numerics:
             row_sum=SUM_FP32,
             partial=FP32,
             dequant=None,
+            unscaled=None,
             exp_rel=EX2_APPROX,
             tanh_rel=TANH_APPROX,
             slack=1.0,
@@ -211,6 +223,8 @@ class Numerics:
             raise ValueError(f"p is {self.p.name}, narrower than the output's {self.out.name}")
         if self.partial.t < self.out.t:
             raise ValueError(f"partial is {self.partial.name}, narrower than the output's {self.out.name}")
+        if self.partial_roundings < 1:
+            raise ValueError(f"partial_roundings must be at least 1, got {self.partial_roundings}")
         if self.tile < 1:
             raise ValueError(f"tile must be at least 1, got {self.tile}")
         if not (0 <= self.exp_rel < 1 and 0 <= self.tanh_rel < 1):

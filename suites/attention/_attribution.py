@@ -77,9 +77,12 @@ def explain(
 
     ``outputs``: ``out`` [total_qo, q_heads, d] and, if the kernel has one, ``lse`` [total_qo, q_heads], on the host.
     """
-    if case.inputs != "count" or "out" not in outputs or len(moduli(case.axes.head_dim)) < 2:
+    axes = case.axes
+    if case.inputs != "count" or "out" not in outputs or len(moduli(axes.v_dim)) < 2:
         return None
-    numbering = _Numbering(case.axes)
+    if axes.window_left >= 0 or axes.mask != "none" or axes.v_scale != 1.0:
+        return None  # a row sees more or less than the first so many keys, or an output is no count
+    numbering = _Numbering(axes)
     known: dict[object, tuple[Difference, ...]] = {}
     found: list[tuple[Row, Difference]] = []
     rows = list(islice(_suspicious(numbering, outputs), MOST_ROWS))
@@ -89,14 +92,14 @@ def explain(
         if key not in known:
             known[key] = tuple(_differences(numbering, row))
         found += [(row, difference) for difference in known[key]]
-    return _sentences(case.axes, found, complete=len(rows) < MOST_ROWS)
+    return _sentences(axes, found, complete=len(rows) < MOST_ROWS)
 
 
 class _Numbering:
     """The numbers of a case's tokens, and the classes that they fall into."""
 
     def __init__(self, axes: PagedPrefill) -> None:
-        self.axes, self.moduli = axes, list(moduli(axes.head_dim))
+        self.axes, self.moduli = axes, list(moduli(axes.v_dim))
         self.first, self.total = first_tokens(axes), total_tokens(axes)
         self._pages: dict[tuple[int, int], torch.Tensor] = {}
 

@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, InputStrategy, Pattern, Size
 
-from ._axes import DTYPES, LN_2, PagedPrefill, Request
+from ._axes import LN_2, MASKS, PagedPrefill, Request
 from ._relations import RELATIONS
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-# The most common specialisation comes first: that is where shrinking ends, in a kernel that everybody has compiled.
 HEAD_DIMS = (128, 64, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What cases are specialised for before any option: dtype and head dimension, and that of V if it is another."""
+
+    dtype: str
+    head_dim: int
+    head_dim_vo: int | None = None
+
+
+# The most common one comes first: that is where shrinking ends, in a kernel that everybody has compiled.
+COMMON = Kind(dtype="bfloat16", head_dim=128)
+# How often each is drawn. Each of 16 bits is another module to compile for some libraries; 192 and 128 are the
+# dimensions of DeepSeek's prefill.
+KINDS = {
+    COMMON: 8,
+    Kind(dtype="bfloat16", head_dim=64): 2,
+    Kind(dtype="float16", head_dim=128): 2,
+    Kind(dtype="bfloat16", head_dim=256): 1,
+    Kind(dtype="bfloat16", head_dim=192, head_dim_vo=128): 1,
+    Kind(dtype="float32", head_dim=64): 3,
+    Kind(dtype="float32", head_dim=128): 1,
+    Kind(dtype="float32", head_dim=256): 1,
+    Kind(dtype="float32", head_dim=48, head_dim_vo=32): 1,
+}
 GROUPS = (1, 2, 4, 7, 8)
 KV_HEADS = (1, 2, 4)
 PAGE_SIZES = (1, 4, 16, 64)
 TILES = (64, 128)
 MAX_SPARE_PAGES = 3
+# Beside the keys themselves: none to the left, one, around a page and a tile.
+WINDOWS = (0, 1, 15, 16, 63, 64, 127, 200)
+# Those of Gemma 2 and Grok-1; and one that scores of the usual size reach.
+SOFTCAPS = (30.0, 50.0, 2.0)
+# No powers of two, and exact in fp32.
+SCALES = (0.375, 1.6875, 0.6875)
+# Keys in a piece of a fixed size.
+PIECES = (64, 256)
+# Queries times keys of a batch with a mask, at most: a byte each.
+LARGEST_MASK = 1 << 24
+# The options that are a module of their own for some libraries.
+COMPILED = ("window_left", "softcap", "kv_dtype")
+# How often each option is set where only one may be. Half of the cases have none.
+OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 1}
+# A second one, which is rarer. Gemma 2 has a window and a soft-cap.
+SECOND_DRAWN = {"": 12, "window": 1, "softcap": 1, "mask": 1, "quantised": 1}
 # How often a request has which keys. A prefill of the whole prompt has as many keys as queries: the commonest request,
 # and too rare by chance, as are rows that see no key, because there are fewer keys than queries or none at all.
 KEYS = {"any": 7, "of the prompt": 7, "fewer": 1, "none": 1}
@@ -81,19 +122,39 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
         somebody = draw(_requests(size, page_size, min_qo_len=1))
         requests.insert(draw(st.integers(0, len(requests))), somebody)
         group = draw(st.sampled_from([g for g in GROUPS if g <= size.heads]))
+        kind = draw(_weighted(KINDS))
         axes = PagedPrefill(
             requests=tuple(requests),
-            dtype=draw(st.sampled_from(DTYPES)),
-            head_dim=draw(st.sampled_from(HEAD_DIMS)),
+            dtype=kind.dtype,
+            head_dim=kind.head_dim,
+            head_dim_vo=kind.head_dim_vo,
             kv_heads=draw(st.sampled_from([h for h in KV_HEADS if h * group <= size.heads])),
             group=group,
             page_size=page_size,
             causal=draw(st.booleans()),
             shuffled=draw(st.booleans()),
             spare_pages=draw(st.integers(0, MAX_SPARE_PAGES)),
+            # What costs nobody a module, and what is as likely with any other option.
+            layout=draw(_weighted({"NHD": 3, "HND": 1})),
+            strided_q=draw(_weighted({False: 4, True: 1})),
         )
-        inputs = draw(st.sampled_from([name for name, weight in WEIGHTS.items() for _ in range(weight)]))
-        axes = replace(axes, sm_scale=LN_2 if inputs == "dyadic" else None)
+        inputs = draw(_weighted(WEIGHTS))
+        options: dict[str, Any] = draw(_options(page_size))
+        if axes.mask_bits > LARGEST_MASK:
+            options.pop("mask", None)
+            options.pop("packed_mask", None)
+        if options.get("mask"):
+            options["causal"] = False
+        if inputs == "dyadic":
+            options = {name: value for name, value in options.items() if name not in ("softcap", "k_scale")}
+            options["sm_scale"] = LN_2
+        compiled = [name for name in COMPILED if name in options]
+        if kind.dtype != "float32" and compiled:
+            # A module for each option is enough: not one for each option and kind, and few for pairs of options.
+            options |= {"dtype": COMMON.dtype, "head_dim": COMMON.head_dim, "head_dim_vo": None}
+            for name in ("kv_dtype", "k_scale", "v_scale") if len(compiled) > 1 else ():
+                options.pop(name, None)
+        axes = replace(axes, **options)
         case = Case(operator="paged_prefill", axes=axes, inputs=inputs, seed=draw(st.integers(0, 2**32 - 1)))
         # Drawn from all of them, whether they apply or not: shrinking the case must not turn one into another.
         relation = draw(st.sampled_from([None, *RELATIONS]))
@@ -122,9 +183,26 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
         ):
             if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
                 yield with_requests([*before, shorter, *after])
+    # What belongs together in one step: one without the other may be no case, or no module that anybody has.
+    steps: tuple[dict[str, Any], ...] = (
+        {"dtype": COMMON.dtype, "head_dim": COMMON.head_dim, "head_dim_vo": COMMON.head_dim_vo},
+        {"head_dim": COMMON.head_dim, "head_dim_vo": COMMON.head_dim_vo},
+        {"mask": "none", "packed_mask": False},
+        {"kv_dtype": "same", "k_scale": 1.0, "v_scale": 1.0},
+    )
+    for together in steps:
+        if any(getattr(axes, name) != value for name, value in together.items()):
+            yield replace(case, axes=replace(axes, **together))
     simplest: dict[str, Any] = {
-        "dtype": DTYPES[0],
-        "head_dim": HEAD_DIMS[0],
+        "window_left": -1,
+        "softcap": 0.0,
+        "packed_mask": False,
+        "k_scale": 1.0,
+        "v_scale": 1.0,
+        "fixed_split_size": 0,
+        "disable_split_kv": False,
+        "layout": "NHD",
+        "strided_q": False,
         "kv_heads": KV_HEADS[0],
         "group": GROUPS[0],
         "page_size": PAGE_SIZES[0],
@@ -153,6 +231,35 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     # A row without keys has two causes, causal masking and an empty cache; the second is the plainer one.
     if axes.causal and len(axes.requests) == 1:
         yield replace(case, axes=replace(axes, causal=False, requests=(Request(qo_len=1, kv_len=0),)))
+
+
+def _weighted(weights: Mapping[Any, int]) -> st.SearchStrategy[Any]:
+    from hypothesis import strategies as st
+
+    return st.sampled_from([value for value, weight in weights.items() for _ in range(weight)])
+
+
+def _options(page_size: int) -> st.SearchStrategy[dict[str, Any]]:
+    """The options of a case that are not at their defaults, by the names of the axes: mostly none, rarely two."""
+    from hypothesis import strategies as st
+
+    each: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+        "": st.just({}),
+        "window": st.fixed_dictionaries({"window_left": st.sampled_from(WINDOWS)}),
+        "softcap": st.fixed_dictionaries({"softcap": st.sampled_from(SOFTCAPS)}),
+        "mask": st.fixed_dictionaries({"mask": st.sampled_from(MASKS[1:]), "packed_mask": st.booleans()}),
+        "quantised": st.fixed_dictionaries(
+            {
+                "kv_dtype": _weighted({"float8_e4m3fn": 3, "float8_e5m2": 1}),
+                "k_scale": st.sampled_from((1.0, *SCALES)),
+                "v_scale": st.sampled_from((*SCALES, 1.0)),
+            }
+        ),
+        "unsplit": st.just({"disable_split_kv": True}),
+        "pieces": st.sampled_from(PIECES).map(lambda keys: {"fixed_split_size": max(1, keys // page_size)}),
+    }
+    one, other = (_weighted(drawn).flatmap(each.__getitem__) for drawn in (OPTIONS_DRAWN, SECOND_DRAWN))
+    return st.builds(lambda a, b: a | b if a else {}, one, other)
 
 
 def captures(case: Case[PagedPrefill]) -> st.SearchStrategy[Case[PagedPrefill]]:

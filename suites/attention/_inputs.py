@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kerneltest.model import FORMATS, FP32, Case
+from kerneltest.model import FORMATS, FP32, Case, Fmt
 
-from ._axes import LN_2, PagedPrefill
+from ._axes import LN_2, PagedPrefill, Request
 from ._cases import TILES
+from ._masks import limits
 
 Values = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -24,6 +25,8 @@ LARGEST_INTEGER = 8
 # A needle's query is this multiple of its key: its score is 4 √d with the usual scale, those of the others 4 N(0, 1).
 NEEDLE = 4
 LARGEST_EXPONENT = 10
+# The same for V in 8 bits: with exponents like these it keeps its digits, and does not overflow.
+LARGEST_EXPONENT_8BIT = 3
 # In both q and k, so that their product's channel weighs 64 times as much as another; and in V.
 OUTLIER_QK, OUTLIER_V = 8, 64
 LARGE_SPREAD, LARGE_OFFSET = 128, 300
@@ -46,8 +49,19 @@ class Draw:
 
     def cache(self) -> torch.Tensor:
         """Normal, [pages, page_size, kv_heads, d] in fp32."""
-        shape = (self.total, self.axes.page_size, self.axes.kv_heads, self.axes.head_dim)
-        return torch.randn(shape, generator=self.random)
+        return self._normal(self.axes.head_dim)
+
+    def values(self) -> torch.Tensor:
+        """Normal, [pages, page_size, kv_heads, d_v] in fp32."""
+        return self._normal(self.axes.v_dim)
+
+    def _normal(self, dim: int) -> torch.Tensor:
+        return torch.randn(self.total, self.axes.page_size, self.axes.kv_heads, dim, generator=self.random)
+
+    @property
+    def kv(self) -> Fmt:
+        """The format of K and V."""
+        return FORMATS[self.axes.kv_format]
 
     def whole(self, low: int, high: int, count: int = 1) -> torch.Tensor:
         """``count`` integers from ``low`` to ``high``, both included."""
@@ -55,19 +69,22 @@ class Draw:
 
 
 def values(case: Case[PagedPrefill], pages: Sequence[torch.Tensor], total: int, random: torch.Generator) -> Values:
-    """``q`` [total_qo, q_heads, d], ``k_pages`` and ``v_pages`` [total, page_size, kv_heads, d] of the case's dtype.
+    """``q`` [total_qo, q_heads, d], ``k`` [total, page_size, kv_heads, d] and ``v`` [.., d_v] of the case's dtypes.
 
-    ``pages``: the physical pages of each request. Raises ValueError for ``dyadic`` with a scale other than ln 2: its
-    weights would be no powers of two.
+    ``pages``: the physical pages of each request. Raises ValueError for ``dyadic`` with a scale other than ln 2, with
+    one of K, or with a soft-cap: its weights would be no powers of two.
     """
-    dtype = getattr(torch, case.axes.dtype)
+    dtype, kv_dtype = getattr(torch, case.axes.dtype), getattr(torch, case.axes.kv_format)
     q, k, v = FILLS[case.inputs](Draw(axes=case.axes, pages=pages, total=total, random=random))
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    if kv_dtype is not dtype:
+        # What 8 bits cannot hold must not become NaN or Inf.
+        k, v = (x.clamp(-FORMATS[case.axes.kv_format].max, FORMATS[case.axes.kv_format].max) for x in (k, v))
+    return q.to(dtype), k.to(kv_dtype), v.to(kv_dtype)
 
 
 def generic(draw: Draw) -> Values:
     """Everything normal and independent."""
-    return draw.queries(), draw.cache(), draw.cache()
+    return draw.queries(), draw.cache(), draw.values()
 
 
 def count(draw: Draw) -> Values:
@@ -81,9 +98,9 @@ def count(draw: Draw) -> Values:
     for first, pages in zip(first_tokens(axes), draw.pages, strict=True):
         number[pages] = first + torch.arange(pages.numel() * axes.page_size).view(-1, axes.page_size)
     number = number.unsqueeze(-1) + torch.arange(axes.kv_heads) * total_tokens(axes)
-    v = torch.zeros(*number.shape, axes.head_dim, dtype=getattr(torch, axes.dtype))
+    v = torch.zeros(*number.shape, axes.v_dim, dtype=getattr(torch, axes.dtype))
     block = 0
-    for modulus in moduli(axes.head_dim):
+    for modulus in moduli(axes.v_dim):
         v.scatter_(-1, (block + number % modulus).unsqueeze(-1), 1)
         block += modulus
     # K must not matter.
@@ -116,73 +133,82 @@ def dyadic(draw: Draw) -> Values:
     """Integer scores times ln 2: weights and rescales are powers of two, and V is generic."""
     if draw.axes.sm_scale != LN_2:
         raise ValueError(f"inputs 'dyadic' need sm_scale = ln 2 = {LN_2!r}, got {draw.axes.sm_scale!r}")
+    if draw.axes.k_scale != 1.0 or draw.axes.softcap:
+        raise ValueError("inputs 'dyadic' need scores that no other scale and no soft-cap changes")
     q, k = draw.queries(), draw.cache()
     # The channels where a row is largest, which is by chance, are those that are not 0.
     kept = q.abs().topk(min(DYADIC_NONZEROS, draw.axes.head_dim), -1).indices
     q = torch.zeros_like(q).scatter_(-1, kept, q.gather(-1, kept).sign())
-    return q, k.sign() * (k.abs() > DYADIC_THRESHOLD), draw.cache()
+    return q, k.sign() * (k.abs() > DYADIC_THRESHOLD), draw.values()
 
 
 def integer(draw: Draw) -> Values:
     """Weights of 1, and V of small integers: every partial sum is exact in fp32, in any order."""
-    v = (4 * draw.cache()).round_().clamp_(-LARGEST_INTEGER, LARGEST_INTEGER)
+    v = (4 * draw.values()).round_().clamp_(-LARGEST_INTEGER, LARGEST_INTEGER)
     return torch.zeros_like(draw.queries()), draw.cache(), v
 
 
 def needle(draw: Draw) -> Values:
     """Every row and head asks for one key, which outweighs all others together: the output is that key's value.
 
-    The key right behind the causal mask is asked for as well; who lets it through shows it, and nothing else.
+    The key right behind the causal mask is asked for as well, and the one right before the window; who lets it through
+    shows it, and nothing else.
     """
     axes, q, row = draw.axes, draw.queries(), 0
-    k = draw.cache().to(getattr(torch, axes.dtype)).float()
+    k = draw.cache().to(getattr(torch, axes.kv_format)).float()
     heads = torch.arange(axes.q_heads) // axes.group
     for request, pages in zip(axes.requests, draw.pages, strict=True):
         rows = slice(row, row + request.qo_len)
         row = rows.stop
         if request.qo_len and request.kv_len:
-            slot = needles(axes, request.qo_len, request.kv_len, int(draw.whole(0, 2**16)))
+            slot = needles(axes, request, int(draw.whole(0, 2**16)))
             q[rows] = NEEDLE * k[pages[slot // axes.page_size], slot % axes.page_size, heads]
-    return q, k, draw.cache()
+    return q, k, draw.values()
 
 
-def needles(axes: PagedPrefill, qo_len: int, kv_len: int, start: int) -> torch.Tensor:
+def needles(axes: PagedPrefill, request: Request, start: int) -> torch.Tensor:
     """The slot that each row and head of a request asks for, [qo_len, q_heads].
 
     They take turns from ``start`` on: every other one goes to a page, one page after another, the rest to first and
-    last visible slot, first masked one, and the edges of pages and tiles.
+    last visible slot, first masked one, and the edges of pages and tiles. A mask of bits is not looked at: it hides
+    some needles.
     """
-    page = axes.page_size
+    page, qo_len, kv_len = axes.page_size, request.qo_len, request.kv_len
     turn = start + torch.arange(qo_len * axes.q_heads).view(qo_len, axes.q_heads)
-    visible = torch.arange(qo_len) + kv_len - qo_len + 1 if axes.causal else torch.full((qo_len,), kv_len)
-    visible = visible.clamp(0, kv_len).unsqueeze(-1).expand_as(turn)
-    last = (visible - 1).clamp(min=0)
-    masked = visible
+    first, end = (edge.unsqueeze(-1).expand_as(turn) for edge in limits(axes, request))
+    # From the last key before the window to the first one behind the causal mask.
+    lowest, highest = (first - 1).clamp(min=0), end.clamp(max=kv_len - 1)
+    last = (end - 1).clamp(min=0)
     edges = [torch.full_like(last, edge) for tile in (page, *TILES) for edge in (tile - 1, tile)]
-    special = torch.stack([masked, last, torch.zeros_like(last), last // page * page, *edges], -1)
+    special = torch.stack([end, last, torch.zeros_like(last), last // page * page, *edges], -1)
+    if axes.window_left >= 0:
+        special = torch.cat([special, torch.stack([lowest, first], -1)], -1)
     half, pages = turn // 2, -(-kv_len // page)
     edge = special.gather(-1, (half % special.shape[-1]).unsqueeze(-1)).squeeze(-1)
     swept = half % pages * page + half // pages % page
     # A turn that points past the first masked key goes elsewhere.
-    return torch.where(turn % 2 == 1, swept, edge) % (visible + 1).clamp(max=kv_len)
+    slot = torch.where(turn % 2 == 1, swept, edge)
+    inside = (slot >= lowest) & (slot <= highest)
+    return torch.where(inside, slot, lowest + slot % (highest - lowest + 1))
 
 
 def scaled(draw: Draw) -> Values:
     """V of any magnitude, its heads apart by a factor of 4; q and k of half, once or twice the usual one."""
     axes = draw.axes
-    v_exponent = draw.whole(-LARGEST_EXPONENT, LARGEST_EXPONENT) + 2 * (torch.arange(axes.kv_heads) % 2)
+    largest = LARGEST_EXPONENT if axes.kv_dtype == "same" else LARGEST_EXPONENT_8BIT
+    v_exponent = draw.whole(-largest, largest) + 2 * (torch.arange(axes.kv_heads) % 2)
     q_exponent, k_exponent = draw.whole(-1, 1, axes.q_heads), draw.whole(-1, 1, axes.kv_heads)
     return (
         torch.ldexp(draw.queries(), q_exponent.unsqueeze(-1)),
         torch.ldexp(draw.cache(), k_exponent.unsqueeze(-1)),
-        torch.ldexp(draw.cache(), v_exponent.unsqueeze(-1)),
+        torch.ldexp(draw.values(), v_exponent.unsqueeze(-1)),
     )
 
 
 def outlier(draw: Draw) -> Values:
     """One channel of q and k, and one of V, is far larger than the others, as in trained models."""
     q, k, v = generic(draw)
-    of_scores, of_values = draw.whole(0, draw.axes.head_dim - 1, 2).tolist()
+    of_scores, of_values = _channels(draw)
     q[..., of_scores] *= OUTLIER_QK
     k[..., of_scores] *= OUTLIER_QK
     v[..., of_values] *= OUTLIER_V
@@ -211,16 +237,25 @@ def special(draw: Draw) -> Values:
     The large ones of K meet zeros of both signs in q. Those of V are limited by what kernels do: they add up
     unnormalised weights of up to 1 times V in fp32, and a relation may double the keys.
     """
-    axes, fmt = draw.axes, FORMATS[draw.axes.dtype]
-    q, k, v = (_sprinkled(x, draw.random, 2 * fmt.eta, 2.0**fmt.emin - 2 * fmt.eta) for x in generic(draw))
-    of_keys, of_values = draw.whole(0, axes.head_dim - 1, 2).tolist()
-    largest = 2.0 ** (fmt.emax - 2)
+    axes, formats = draw.axes, (FORMATS[draw.axes.dtype], draw.kv, draw.kv)
+    q, k, v = (
+        _sprinkled(x, draw.random, 2 * fmt.eta, 2.0**fmt.emin - 2 * fmt.eta)
+        for x, fmt in zip(generic(draw), formats, strict=True)
+    )
+    of_keys, of_values = _channels(draw)
+    largest = 2.0 ** (draw.kv.emax - 2)
     keys = max(1, *(request.kv_len for request in axes.requests))
     summed = min(largest, 2.0 ** (FP32.emax - 3 - math.ceil(math.log2(keys))))
     q[..., of_keys] = torch.copysign(torch.zeros(()), q[..., of_keys])
     k[..., of_keys] = torch.copysign(torch.tensor(largest), k[..., of_keys])
     v[..., of_values] = torch.copysign(torch.tensor(summed), v[..., of_values])
     return q, k, v
+
+
+def _channels(draw: Draw) -> list[int]:
+    """A channel of q and K, and one of V."""
+    one, other = draw.whole(0, draw.axes.head_dim - 1, 2).tolist()
+    return [one, other % draw.axes.v_dim]
 
 
 def _sprinkled(x: torch.Tensor, random: torch.Generator, *tiny: float) -> torch.Tensor:

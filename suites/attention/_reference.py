@@ -1,5 +1,7 @@
 """The float64 reference of attention over a paged KV cache: its own gather by plain indexing, then dense attention.
 
+What a case's options mean is said here once: which keys are seen, and what K, V and the scores stand for.
+
 Memory is bounded: requests of similar length are padded to one dense batch, long ones are cut into rows.
 """
 
@@ -19,6 +21,9 @@ from kerneltest.oracle.attention_terms import (
     weight_spread,
 )
 
+from ._axes import PagedPrefill
+from ._tensors import by_slot, queries
+
 # Live float64 arrays of [heads, rows, keys] at the widest point of a chunk, and the bytes they may take together.
 LIVE_ARRAYS = 4
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
@@ -26,29 +31,79 @@ CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Some rows of one request: rows ``first`` to ``end`` of the batch, their keys, the last of which row i sees."""
+    """Some rows of one request: rows ``first`` to ``end`` of the batch and their keys.
+
+    ``place``: the key at the own place of the first of these rows; each row is one further.
+    """
 
     first: int
     end: int
     pages: slice
     keys: int
-    diagonal: int | None  # row first + i sees keys 0 to diagonal + i; None: all
+    place: int
+    mask: int = 0  # where the first row's bits begin in the mask
 
     @property
     def rows(self) -> int:
         return self.end - self.first
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Which keys are seen: up to the own place, from so many before it, and where the mask [Σ rows · keys] is set."""
+
+    causal: bool
+    window_left: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """Pages [pages, page_size, kv_heads, d], and which of them belong to whom."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    indices: torch.Tensor
+    v_scale: float
+
+
+def terms_of(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor], device: str = "cpu") -> AttentionTerms:
+    """Terms for every row of a case, from its host tensors; on ``device``."""
+    plain = {name: by_slot(axes, inputs[name]) for name in ("k_pages", "v_pages")} | {"q": queries(axes, inputs)}
+    return paged_attention_terms(
+        {**inputs, **plain},
+        causal=axes.causal,
+        sm_scale=axes.scale,
+        window_left=axes.window_left,
+        softcap=axes.softcap,
+        k_scale=axes.k_scale,
+        v_scale=axes.v_scale,
+        device=device,
+    )
+
+
 def paged_attention_terms(
-    inputs: Mapping[str, torch.Tensor], *, causal: bool, sm_scale: float, device: str = "cpu", chunk_bytes: int = 0
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    causal: bool,
+    sm_scale: float,
+    window_left: int = -1,
+    softcap: float = 0.0,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    device: str = "cpu",
+    chunk_bytes: int = 0,
 ) -> AttentionTerms:
     """Terms for every row of ``q`` [total_qo, q_heads, d] over pages [pages, page_size, kv_heads, d] (layout NHD).
 
-    ``inputs`` are the host tensors of the operator ``paged_prefill``. The result lies on ``device``, shaped
-    [total_qo, q_heads] and [total_qo, q_heads, d_v]. ``chunk_bytes`` bounds the memory at work, but for a single row.
+    ``inputs`` are the host tensors of the operator ``paged_prefill``, the options those of its axes. The result lies on
+    ``device``, shaped [total_qo, q_heads] and [total_qo, q_heads, d_v]. ``chunk_bytes`` bounds the memory at work, but
+    for a single row.
     """
-    q, k_pages, v_pages = (inputs[name].to(device) for name in ("q", "k_pages", "v_pages"))
-    indices = inputs["kv_indices"].to(device, torch.long)
+    q, k_pages, v_pages = (_widened(inputs[name].to(device)) for name in ("q", "k_pages", "v_pages"))
+    cache = _Cache(k_pages, v_pages, inputs["kv_indices"].to(device, torch.long), v_scale)
+    mask = inputs["custom_mask"].to(device) if "custom_mask" in inputs else None
+    rule = _Rule(causal, window_left, mask)
     rows, heads, _ = q.shape
     wide = (rows, heads, v_pages.shape[-1])
     empty = {
@@ -57,10 +112,13 @@ def paged_attention_terms(
     }
     empty["lse"].fill_(float("-inf"))
     limit = chunk_bytes or CHUNK_BYTES[q.device.type]
-    batches = list(_batches(list(_spans(inputs, k_pages.shape[1], causal, heads, limit)), heads, limit))
+    batches = list(_batches(list(_spans(inputs, k_pages.shape[1], heads, limit)), heads, limit))
 
     def attended(spans: list[_Span]) -> Attended:
-        return _pad(spans, q, k_pages, v_pages, indices, sm_scale)
+        k, v, live = _pad(spans, cache)
+        seen = _seen(spans, rule, live)
+        # A scale of all of K is one of the scores.
+        return Attended(q=_gather(q, spans), k=k, v=v, seen=seen, scale=sm_scale * k_scale, softcap=softcap)
 
     def spread(filters: torch.Tensor, centred: bool) -> torch.Tensor:
         result = torch.zeros_like(empty["lse"])
@@ -77,9 +135,15 @@ def paged_attention_terms(
     return from_tensors(empty, spread)
 
 
-def _spans(inputs: Mapping[str, torch.Tensor], page_size: int, causal: bool, heads: int, limit: int) -> Iterator[_Span]:
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """Eight bits as fp32, which holds their values: few operations know them."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
+
+
+def _spans(inputs: Mapping[str, torch.Tensor], page_size: int, heads: int, limit: int) -> Iterator[_Span]:
     """The requests that have rows and keys, those too large for the limit cut into pieces of rows."""
     qo_indptr, kv_indptr = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
+    mask = 0
     for request, last in enumerate(inputs["kv_last_page_len"].tolist()):
         first, end = qo_indptr[request : request + 2]
         pages = slice(*kv_indptr[request : request + 2])
@@ -88,8 +152,9 @@ def _spans(inputs: Mapping[str, torch.Tensor], page_size: int, causal: bool, hea
             continue
         step = max(1, limit // (LIVE_ARRAYS * 8 * heads * keys))
         for start in range(first, end, step):
-            diagonal = start - first + keys - (end - first) if causal else None
-            yield _Span(start, min(start + step, end), pages, keys, diagonal)
+            place = start - first + keys - (end - first)
+            yield _Span(start, min(start + step, end), pages, keys, place, mask + (start - first) * keys)
+        mask += (end - first) * keys
 
 
 def _batches(spans: list[_Span], heads: int, limit: int) -> Iterator[list[_Span]]:
@@ -108,34 +173,47 @@ def _batches(spans: list[_Span], heads: int, limit: int) -> Iterator[list[_Span]
         yield batch
 
 
-def _pad(
-    spans: list[_Span],
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    indices: torch.Tensor,
-    sm_scale: float,
-) -> Attended:
-    """One dense batch. Slots past a request's length are cut off, and zero, before any arithmetic can see them."""
-    device, keys = q.device, max(s.keys for s in spans)
-    page_size = k_pages.shape[1]
+def _pad(spans: list[_Span], cache: _Cache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K and V of one dense batch, and which keys are not padding, [batch, keys].
+
+    Slots past a request's length are cut off, and zero, before any arithmetic can see them.
+    """
+    device, keys = cache.k.device, max(s.keys for s in spans)
+    page_size = cache.k.shape[1]
     slot = torch.arange(keys, device=device)
     lengths, first_page = (
         torch.tensor(x, device=device) for x in zip(*((s.keys, s.pages.start) for s in spans), strict=True)
     )
-    live = slot < lengths[:, None]  # [batch, keys]
+    live = slot < lengths[:, None]
     entry = torch.where(live, first_page[:, None] + slot // page_size, first_page[:, None])
-    page = indices[entry]
+    page = cache.indices[entry]
     k, v = (
-        torch.where(live[..., None, None], cache[page, slot % page_size], 0).transpose(1, 2)
-        for cache in (k_pages, v_pages)
+        torch.where(live[..., None, None], pages[page, slot % page_size], 0).transpose(1, 2)
+        for pages in (cache.k, cache.v)
     )
-    rows = max(s.rows for s in spans)
-    last = torch.tensor([s.keys if s.diagonal is None else s.diagonal for s in spans], device=device)
-    moving = torch.tensor([s.diagonal is not None for s in spans], device=device)
-    last = last[:, None] + torch.arange(rows, device=device) * moving[:, None]  # [batch, rows]
-    seen = (slot <= last[..., None]) & live[:, None]
-    return Attended(q=_gather(q, spans), k=k, v=v, seen=seen, scale=sm_scale)
+    return k, v if cache.v_scale == 1.0 else v.double() * cache.v_scale, live
+
+
+def _seen(spans: list[_Span], rule: _Rule, live: torch.Tensor) -> torch.Tensor:
+    """Which keys each row sees, [batch, rows, keys]."""
+    device = live.device
+    row = torch.arange(max(s.rows for s in spans), device=device)
+    slot = torch.arange(live.shape[-1], device=device)
+    first_place, first_bit, lengths, rows = (
+        torch.tensor(x, device=device)[:, None]
+        for x in zip(*((s.place, s.mask, s.keys, s.rows) for s in spans), strict=True)
+    )
+    place = (first_place + row).unsqueeze(-1)
+    seen = live[:, None].expand(-1, len(row), -1)
+    if rule.causal:
+        seen = seen & (slot <= place)
+    if rule.window_left >= 0:
+        seen = seen & (slot >= place - rule.window_left)
+    if rule.mask is not None:
+        inside = seen & (row < rows).unsqueeze(-1)
+        bit = (first_bit + row * lengths).unsqueeze(-1) + slot
+        seen = inside & rule.mask[torch.where(inside, bit, 0)]
+    return seen
 
 
 def _index(spans: list[_Span], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

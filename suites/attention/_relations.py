@@ -58,16 +58,20 @@ def _several_requests(axes: PagedPrefill) -> bool:
     return len(axes.requests) > 1
 
 
-def _every_key_seen_by_all(axes: PagedPrefill) -> bool:
-    return not axes.causal
+def _keys_have_no_order(axes: PagedPrefill) -> bool:
+    """Whether it does not matter which key comes where; a mask can go with the keys."""
+    return not axes.causal and axes.window_left < 0
 
 
 def _several_keys(axes: PagedPrefill) -> bool:
-    return not axes.causal and any(request.qo_len and request.kv_len > 1 for request in axes.requests)
+    return _keys_have_no_order(axes) and any(request.qo_len and request.kv_len > 1 for request in axes.requests)
 
 
-def _has_a_prefill(axes: PagedPrefill) -> bool:
-    return any(request.qo_len > 1 and request.kv_len for request in axes.requests)
+def _can_be_decoded(axes: PagedPrefill) -> bool:
+    """The own place of a query that is alone is the last key: a window has to end there, too."""
+    return any(request.qo_len > 1 and request.kv_len for request in axes.requests) and (
+        axes.causal or axes.window_left < 0
+    )
 
 
 def _can_be_split(axes: PagedPrefill) -> bool:
@@ -75,7 +79,12 @@ def _can_be_split(axes: PagedPrefill) -> bool:
 
 
 def common_pages(axes: PagedPrefill, request: Request) -> int:
-    """Whole pages that every query of the request sees, leaving it at least one key to see after them."""
+    """Whole pages that every query of the request sees, leaving it at least one key to see after them.
+
+    0 with a window or a mask, which show no keys to all.
+    """
+    if axes.window_left >= 0 or axes.mask != "none":
+        return 0
     return max(0, request.kv_len - (request.qo_len if axes.causal else 1)) // axes.page_size
 
 
@@ -89,7 +98,7 @@ RELATIONS = (
     _relation("batch_size", "each request in a batch of its own", "batch_invariant", _several_requests),
     _relation("repeat", "the very same inputs once more", "deterministic", _always),
     _relation("split", "the keys in two parts, merged by their log-sum-exps", None, _can_be_split, "lse"),
-    _relation("decode", "some of the queries alone, as decode requests", None, _has_a_prefill),
+    _relation("decode", "some of the queries alone, as decode requests", None, _can_be_decoded),
     _relation("key_permutation", "the keys of each request in another order", None, _several_keys),
-    _relation("duplicate_keys", "every key twice", None, _every_key_seen_by_all),
+    _relation("duplicate_keys", "every key twice", None, _keys_have_no_order),
 )

@@ -17,18 +17,17 @@ from kerneltest.model import (
     FP32,
     Bounded,
     Case,
-    DeadBytes,
     Inapplicable,
     Materials,
     Numerics,
-    OutputSpec,
-    Place,
     Related,
     Variant,
 )
 
+from . import _masks
 from ._axes import PagedPrefill, Request
 from ._relations import common_pages
+from ._tensors import as_laid_out, by_slot, dead_bytes, indptr, outputs
 
 Answer = Mapping[str, Bounded]
 # Even, so that a kernel that multiplies q and k by the root of the scale each still divides by a power of two.
@@ -37,21 +36,23 @@ POWER = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A request as a view: rows of the original ``q``, and the pages that hold its ``keys`` keys."""
+    """A request as a view: rows of the original ``q``, the pages that hold its ``keys`` keys, and its mask, if any."""
 
     rows: torch.Tensor
     pages: torch.Tensor
     keys: int
+    mask: torch.Tensor | None = None
 
 
 def parts(case: Case[PagedPrefill], inputs: Mapping[str, torch.Tensor]) -> list[Part]:
     """The requests of a case, in order."""
     row = page = 0
     found = []
-    for request in case.axes.requests:
+    for request, mask in zip(case.axes.requests, _masks.masks(case.axes, inputs), strict=True):
         count = case.axes.pages(request)
         rows = torch.arange(row, row + request.qo_len)
-        found.append(Part(rows=rows, pages=inputs["kv_indices"][page : page + count], keys=request.kv_len))
+        pages = inputs["kv_indices"][page : page + count]
+        found.append(Part(rows=rows, pages=pages, keys=request.kv_len, mask=mask))
         row, page = row + request.qo_len, page + count
     return found
 
@@ -64,55 +65,43 @@ def view(
     Requests may share pages.
     """
     sizes = tuple(Request(qo_len=len(part.rows), kv_len=part.keys) for part in requests)
-    case = replace(case, axes=replace(case.axes, requests=sizes, causal=case.axes.causal and masked), relation="")
-    total, page_size = inputs["k_pages"].shape[:2]
-    live = torch.zeros(total, page_size, dtype=torch.bool)
-    for part in requests:
-        slots = torch.arange(len(part.pages) * page_size).view(-1, page_size)
-        live[part.pages.long()] |= slots < part.keys
-    in_use = live.any(-1, keepdim=True)
-    dead = {Place.UNUSED_SLOTS: in_use & ~live, Place.UNREFERENCED_PAGES: ~in_use & ~live}
-    rows = torch.cat([part.rows for part in requests])
-    last = [(part.keys - 1) % page_size + 1 if part.keys else 0 for part in requests]
-    out = (len(rows), case.axes.q_heads, case.axes.head_dim)
-    materials = Materials(
-        inputs={
-            **inputs,
-            "q": inputs["q"][rows],
-            "qo_indptr": _indptr([len(part.rows) for part in requests]),
-            "kv_indptr": _indptr([len(part.pages) for part in requests]),
-            "kv_indices": torch.cat([part.pages for part in requests]).to(torch.int32),
-            "kv_last_page_len": torch.tensor(last, dtype=torch.int32),
-        },
-        dead=tuple(
-            DeadBytes(place=place, tensor=tensor, mask=mask)
-            for place, mask in dead.items()
-            for tensor in ("k_pages", "v_pages")
-            if bool(mask.any())
-        ),
-        outputs={
-            "out": OutputSpec(shape=out, dtype=case.axes.dtype),
-            "lse": OutputSpec(shape=out[:2], dtype="float32"),
-        },
-    )
-    return Variant(case=case, materials=materials)
+    axes = replace(case.axes, requests=sizes, causal=case.axes.causal and masked)
+    case = replace(case, axes=axes, relation="")
+    last = [(part.keys - 1) % axes.page_size + 1 if part.keys else 0 for part in requests]
+    changed = {
+        **inputs,
+        "q": inputs["q"][torch.cat([part.rows for part in requests])],
+        "qo_indptr": indptr([len(part.rows) for part in requests]),
+        "kv_indptr": indptr([len(part.pages) for part in requests]),
+        "kv_indices": torch.cat([part.pages for part in requests]).to(torch.int32),
+        "kv_last_page_len": torch.tensor(last, dtype=torch.int32),
+    }
+    if axes.mask != "none":
+        masks = [part.mask for part in requests if part.mask is not None]
+        changed |= _masks.tensors(axes, masks, _random(case))
+    dead = dead_bytes(axes, len(inputs["k_pages"]), [part.pages for part in requests], [part.keys for part in requests])
+    return Variant(case=case, materials=Materials(inputs=changed, dead=dead, outputs=outputs(axes)))
 
 
 def rewritten(case: Case[PagedPrefill], inputs: Mapping[str, torch.Tensor], keys: Sequence[torch.Tensor]) -> Variant:
-    """The case over a new cache: ``keys`` [kv_len] of each request says which of its old keys comes where."""
-    page_size, old = case.axes.page_size, parts(case, inputs)
+    """The case over a new cache: ``keys`` [kv_len] of each request says which of its old keys comes where.
+
+    A mask goes with the keys.
+    """
+    axes, page_size, old = case.axes, case.axes.page_size, parts(case, inputs)
     first, requests, slots = 0, [], []
     for part, order in zip(old, keys, strict=True):
         count = -(-len(order) // page_size)
         within = part.pages.long()[order // page_size] * page_size + order % page_size
         # The rest of the last page is dead, so it does not matter what it repeats.
         slots.append(torch.nn.functional.pad(within, (0, count * page_size - len(order))))
-        requests.append(replace(part, pages=torch.arange(first, first + count), keys=len(order)))
+        mask = None if part.mask is None else part.mask[:, order]
+        requests.append(replace(part, pages=torch.arange(first, first + count), keys=len(order), mask=mask))
         first += count
-    moved = {
-        name: inputs[name].flatten(0, 1)[torch.cat(slots)].view(-1, page_size, *inputs[name].shape[2:])
-        for name in ("k_pages", "v_pages")
-    }
+    moved = {}
+    for name in ("k_pages", "v_pages"):
+        old_slots = by_slot(axes, inputs[name]).flatten(0, 1)
+        moved[name] = as_laid_out(axes, old_slots[torch.cat(slots)].view(-1, page_size, *old_slots.shape[1:]))
     return view(case, {**inputs, **moved}, requests)
 
 
@@ -131,7 +120,11 @@ def value_sign(case: Case[PagedPrefill], materials: Materials) -> tuple[Related,
     def back(answers: Sequence[Answer], _numerics: Numerics) -> Answer:
         return _on_out(answers[0], lambda out: replace(out, value=-out.value))
 
-    return (Related(variants=(_with(case, materials, v_pages=-materials.inputs["v_pages"]),), back=back),)
+    return (
+        Related(
+            variants=(_with(case, materials, v_pages=_exactly(materials.inputs["v_pages"], torch.neg)),), back=back
+        ),
+    )
 
 
 def value_scale(case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...]:
@@ -152,7 +145,7 @@ def value_scale(case: Case[PagedPrefill], materials: Materials) -> tuple[Related
 
 
 def score_scale(case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...]:
-    largest = float(materials.inputs["k_pages"].abs().max()) * case.axes.head_dim
+    largest = float(materials.inputs["k_pages"].float().abs().max()) * case.axes.head_dim
     q = _scaled(materials.inputs["q"], largest)
     variant = _with(case, materials, q=q)
     axes = replace(variant.case.axes, sm_scale=case.axes.scale / 2**POWER)
@@ -170,7 +163,9 @@ def head_permutation(case: Case[PagedPrefill], materials: Materials) -> tuple[Re
             name: Bounded(value=given.value[:, home], error=given.error[:, home]) for name, given in answers[0].items()
         }
 
-    moved = {"q": x["q"][:, q_order], "k_pages": x["k_pages"][:, :, order], "v_pages": x["v_pages"][:, :, order]}
+    moved = {"q": torch.cat([x["q"][:, q_order], x["q"][:, axes.q_heads :]], 1)}
+    for name in ("k_pages", "v_pages"):
+        moved[name] = as_laid_out(axes, by_slot(axes, x[name])[:, :, order])
     return (Related(variants=(_with(case, materials, **moved),), back=back),)
 
 
@@ -244,7 +239,8 @@ def decode(case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...
             seen = part.keys - last + row if case.axes.causal else part.keys
             if seen > 0:
                 pages = part.pages[: -(-seen // page_size)]
-                alone.append(Part(rows=part.rows[row : row + 1], pages=pages, keys=seen))
+                mask = None if part.mask is None else part.mask[row : row + 1]
+                alone.append(Part(rows=part.rows[row : row + 1], pages=pages, keys=seen, mask=mask))
     if not alone:
         raise Inapplicable("no query of a prefill sees a key")
     return (_picked(case, materials, alone),)
@@ -302,10 +298,15 @@ def _placed(given: Bounded, rows: torch.Tensor, total: int) -> Bounded:
 def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     """4 times the tensor; neither that nor its products with ``factor`` may overflow, rounding errors included."""
     fmt = FORMATS[str(tensor.dtype).removeprefix("torch.")]
-    largest = float(tensor.abs().max()) * 2 ** (POWER + 1)
+    largest = float(tensor.float().abs().max()) * 2 ** (POWER + 1)
     if largest > fmt.max or largest * factor > FP32.max:
         raise Inapplicable("the values are too large to be multiplied by 4")
-    return tensor.mul(2**POWER)
+    return _exactly(tensor, lambda x: x * 2**POWER)
+
+
+def _exactly(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A change of values to others of the same format, made in fp32: torch has few operations on eight bits."""
+    return change(tensor.float()).to(tensor.dtype)
 
 
 def _another_order(count: int, case: Case[PagedPrefill]) -> torch.Tensor:
@@ -316,10 +317,6 @@ def _another_order(count: int, case: Case[PagedPrefill]) -> torch.Tensor:
 
 def _random(case: Case[PagedPrefill]) -> torch.Generator:
     return torch.Generator().manual_seed(case.seed)
-
-
-def _indptr(lengths: Sequence[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
 
 
 TRANSFORMATIONS: Mapping[str, Callable[[Case[PagedPrefill], Materials], tuple[Related, ...]]] = {

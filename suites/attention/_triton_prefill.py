@@ -22,7 +22,7 @@ import triton.language as tl
 
 
 # Group and page size are run-time values: every pair of them compiled anew would cost far more than a division saves.
-@triton.jit(do_not_specialize=["group", "page_size"])
+@triton.jit(do_not_specialize=["group", "page_size", "window_left"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
@@ -31,6 +31,7 @@ def _prefill_kernel(
     kv_indptr_ptr,
     kv_indices_ptr,
     last_page_len_ptr,
+    mask_ptr,
     out_ptr,
     lse_ptr,
     qk_scale,  # sm_scale * log2(e): scores, m and l live in base 2
@@ -48,7 +49,10 @@ def _prefill_kernel(
     lse_stride_head,
     group,
     page_size,
+    window_left,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -88,13 +92,27 @@ def _prefill_kernel(
         row_end = tl.full([BLOCK_M], 0, tl.int32) + kv_len
         tile_end = kv_len
 
+    tile_start = 0
+    if WINDOW:
+        row_start = query + (kv_len - qo_len - window_left)
+        tile_start = tl.maximum(first_row // group + (kv_len - qo_len - window_left), 0) // BLOCK_N * BLOCK_N
+    if MASKED:
+        # Masks lie one after another, [qo_len, kv_len] each: those of the requests before come first.
+        first_bit = tl.full([], 0, tl.int64)
+        for other in range(request):
+            rows = tl.load(qo_indptr_ptr + other + 1) - tl.load(qo_indptr_ptr + other)
+            pages = tl.load(kv_indptr_ptr + other + 1) - tl.load(kv_indptr_ptr + other)
+            keys = tl.where(pages > 0, (pages - 1) * page_size + tl.load(last_page_len_ptr + other), 0)
+            first_bit += rows.to(tl.int64) * keys
+        mask_row_ptr = mask_ptr + first_bit + query.to(tl.int64)[:, None] * kv_len
+
     page_table_ptr = kv_indices_ptr + page_start
     k_head_ptr = k_ptr + kv_head * k_stride_head + dim
     v_head_ptr = v_ptr + kv_head * v_stride_head + dim
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.full([BLOCK_M], 0.0, tl.float32)  # noqa: E741
     acc = tl.full([BLOCK_M, HEAD_DIM], 0.0, tl.float32)
-    for start in range(0, tile_end, BLOCK_N):
+    for start in range(tile_start, tile_end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         key_ok = key < kv_len
         page = tl.load(page_table_ptr + key // page_size, mask=key_ok, other=0).to(tl.int64)
@@ -105,7 +123,13 @@ def _prefill_kernel(
         # input_precision matters to fp32 only, where the default would round q and k to TF32.
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         # row_end of a stored row never passes kv_len: one comparison masks the causal triangle and the tail.
-        s = tl.where(key[None, :] < row_end[:, None], s, float("-inf"))
+        seen = key[None, :] < row_end[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] >= row_start[:, None])
+        if MASKED:
+            inside = row_ok[:, None] & key_ok[None, :]
+            seen = seen & (tl.load(mask_row_ptr + key[None, :], mask=inside, other=0) != 0)
+        s = tl.where(seen, s, float("-inf"))
 
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row without a key so far subtracts 0 instead of -inf: its weights become exp2(-inf) = 0, not NaN.
@@ -162,6 +186,8 @@ def paged_prefill(
     block_m: int | None = None,
     block_n: int | None = None,
     max_qo_len: int | None = None,
+    window_left: int = -1,
+    mask: torch.Tensor | None = None,
 ) -> None:
     """Attention of a batch of ragged queries over a paged KV cache; fills ``out`` and ``lse``.
 
@@ -178,7 +204,8 @@ def paged_prefill(
     i of a request sees keys j <= i + kv_len - qo_len.  A row that sees no key gets out = 0 and lse = -inf.
     The last dimension must be contiguous, all other strides are free.  block_m and block_n, the tile sizes,
     are powers of two, 16 or more. max_qo_len: of the longest request, or more; read from qo_indptr, which waits
-    for the device, if it is not given.
+    for the device, if it is not given. window_left, if not negative: query i does not see keys
+    j < i + kv_len - qo_len - window_left. mask: bool [sum of qo_len * kv_len], what each query of each request sees.
     """
     head_dim = q.shape[-1]
     page_size, kv_heads = k_pages.shape[1], k_pages.shape[2]
@@ -209,6 +236,7 @@ def paged_prefill(
         kv_indptr,
         kv_indices,
         kv_last_page_len,
+        kv_last_page_len if mask is None else mask.view(torch.uint8),
         out,
         lse,
         sm_scale * math.log2(math.e),
@@ -219,7 +247,10 @@ def paged_prefill(
         *lse.stride(),
         group,
         page_size,
+        window_left,
         CAUSAL=causal,
+        WINDOW=window_left >= 0,
+        MASKED=mask is not None,
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

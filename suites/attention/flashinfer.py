@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, LaunchContract, Numerics, Unsupported
 
+from ._axes import lacking
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
         # prefill.cuh refuses this for a single request ("kv_len must be greater than or equal to qo_len"); the batch
         # wrapper does not check it, and what rows without any key then hold differs between backends and releases.
         return "causal with fewer keys than queries is outside of FlashInfer's contract"
+    if reason := lacking(case.axes):
+        return reason
     missing = {"out", "lse", "return_lse"} - _run_parameters()
     if missing:
         return f"this release's run() has no parameter {', '.join(sorted(missing))}"

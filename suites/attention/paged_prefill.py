@@ -1,7 +1,8 @@
 """The operator ``paged_prefill``: a batch of prefill or append requests attends to a paged KV cache.
 
-Layout NHD. Semantics: query i of a request of ``qo_len`` queries and ``kv_len`` keys sees key j iff, when ``causal``,
-j <= i + kv_len - qo_len (aligned at the bottom right). A row that sees no key has out = 0 and lse = -Inf.
+Semantics: query i of a request of ``qo_len`` queries and ``kv_len`` keys sees key j iff, when ``causal``,
+j <= i + kv_len - qo_len (aligned at the bottom right), with a window j >= i + kv_len - qo_len - window_left, and with a
+mask its bit is set. A row that sees no key has out = 0 and lse = -Inf.
 """
 
 from __future__ import annotations
@@ -11,15 +12,12 @@ from typing import TYPE_CHECKING
 
 from kerneltest.model import (
     Case,
-    DeadBytes,
     ErrorBudget,
     InputStrategy,
     Materials,
     Numerics,
     Operator,
-    OutputSpec,
     Paging,
-    Place,
 )
 
 from ._axes import DTYPES, LN_2, PagedPrefill, Request
@@ -49,14 +47,19 @@ __all__ = [
 def materialize(case: Case[PagedPrefill]) -> Materials:
     """Host tensors, all of them from ``case.seed``:
 
-    ``q`` [total_qo, q_heads, d]; ``k_pages``, ``v_pages`` [pages, page_size, kv_heads, d]; int32 ``qo_indptr``,
+    ``q`` [total_qo, q_width, d], of which the first q_heads are q, whatever follows is dead; ``k_pages``, ``v_pages``
+    [pages, page_size, kv_heads, d], or [pages, kv_heads, page_size, d] in the layout HND; int32 ``qo_indptr``,
     ``kv_indptr`` [batch + 1] (the latter counts pages), ``kv_indices`` [referenced pages] and
-    ``kv_last_page_len`` [batch], which is 0 for a request without keys. The values of q, k and v are those of
-    ``case.inputs``; raises ValueError if its scale does not fit them.
+    ``kv_last_page_len`` [batch], which is 0 for a request without keys. With a mask ``custom_mask``, bool
+    [Σ qo_len · kv_len], and where it is packed ``packed_mask``, uint8, whose requests begin at the bytes
+    ``mask_indptr``, int32 [batch + 1]. The values of q, k and v are those of ``case.inputs``; raises ValueError if its
+    scales do not fit them.
     """
     import torch
 
+    from . import _masks
     from ._inputs import values
+    from ._tensors import as_laid_out, dead_bytes, indptr, outputs
 
     axes = case.axes
     random = torch.Generator().manual_seed(case.seed)
@@ -66,52 +69,32 @@ def materialize(case: Case[PagedPrefill]) -> Materials:
     total = max(referenced + axes.spare_pages, 1)
     order = torch.randperm(total, generator=random) if axes.shuffled else torch.arange(total)
     indices = order[:referenced]
-    live = torch.zeros(total, axes.page_size, dtype=torch.bool)
     pages = torch.split(indices, counts)
-    for request, own in zip(axes.requests, pages, strict=True):
-        live[own] = torch.arange(own.numel() * axes.page_size).view(-1, axes.page_size) < request.kv_len
     q, k, v = values(case, pages, total, random)
-    in_use = torch.zeros(total, dtype=torch.bool)
-    in_use[indices] = True
-    dead = [
-        (Place.UNUSED_SLOTS, in_use.unsqueeze(-1) & ~live),
-        (Place.UNREFERENCED_PAGES, ~in_use.unsqueeze(-1) & ~live),
-    ]
+    if axes.strided_q:
+        rest = torch.randn(axes.total_qo, axes.q_width - axes.q_heads, axes.head_dim, generator=random)
+        q = torch.cat([q, rest.to(q.dtype)], 1)
     last = [0 if r.kv_len == 0 else (r.kv_len - 1) % axes.page_size + 1 for r in axes.requests]
-    return Materials(
-        inputs={
-            "q": q,
-            "k_pages": k,
-            "v_pages": v,
-            "qo_indptr": _indptr([request.qo_len for request in axes.requests]),
-            "kv_indptr": _indptr(counts),
-            "kv_indices": indices.to(torch.int32),
-            "kv_last_page_len": torch.tensor(last, dtype=torch.int32),
-        },
-        dead=tuple(
-            DeadBytes(place=place, tensor=tensor, mask=mask)
-            for place, mask in dead
-            for tensor in ("k_pages", "v_pages")
-            if bool(mask.any())
-        ),
-        outputs={
-            "out": OutputSpec(shape=(axes.total_qo, axes.q_heads, axes.head_dim), dtype=axes.dtype),
-            "lse": OutputSpec(shape=(axes.total_qo, axes.q_heads), dtype="float32"),
-        },
-    )
-
-
-def _indptr(lengths: list[int]) -> torch.Tensor:
-    import torch
-
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+    inputs = {
+        "q": q,
+        "k_pages": as_laid_out(axes, k),
+        "v_pages": as_laid_out(axes, v),
+        "qo_indptr": indptr([request.qo_len for request in axes.requests]),
+        "kv_indptr": indptr(counts),
+        "kv_indices": indices.to(torch.int32),
+        "kv_last_page_len": torch.tensor(last, dtype=torch.int32),
+    }
+    if axes.mask != "none":
+        inputs |= _masks.tensors(axes, _masks.draw(axes, random), random)
+    keys = [request.kv_len for request in axes.requests]
+    return Materials(inputs=inputs, dead=dead_bytes(axes, total, pages, keys), outputs=outputs(axes))
 
 
 def reference(case: Case[PagedPrefill], inputs: Mapping[str, torch.Tensor], device: str) -> AttentionTerms:
     """Float64 values and budget terms; see :mod:`._reference`."""
-    from ._reference import paged_attention_terms
+    from ._reference import terms_of
 
-    return paged_attention_terms(inputs, causal=case.axes.causal, sm_scale=case.axes.scale, device=device)
+    return terms_of(case.axes, inputs, device)
 
 
 def budget(
@@ -120,7 +103,13 @@ def budget(
     """The budgets of ``out`` and ``lse``."""
     from kerneltest.oracle.attention import attention_budget
 
-    return attention_budget(terms, numerics, head_dim=case.axes.head_dim, tier=strategy.tier)
+    from ._rescaling import rounded_before_scale
+
+    axes = case.axes
+    budgets = attention_budget(terms, numerics, head_dim=axes.head_dim, tier=strategy.tier, softcap=axes.softcap)
+    if numerics.unscaled and axes.v_scale != 1.0:
+        budgets["out"] = rounded_before_scale(budgets["out"], numerics.unscaled, axes.v_scale, slack=numerics.slack)
+    return budgets
 
 
 def locate(case: Case[PagedPrefill], output: str, index: tuple[int, ...]) -> str:

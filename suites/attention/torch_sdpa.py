@@ -1,4 +1,7 @@
-"""torch's ``scaled_dot_product_attention`` on pages gathered into one dense tensor for each request."""
+"""torch's ``scaled_dot_product_attention`` on pages gathered into one dense tensor for each request.
+
+K and V of another dtype, or with scales, are brought into the dtype of the queries first. Keys are never split.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import TYPE_CHECKING
 from kerneltest.model import Call, Case, Device, Kernel, LaunchContract, Numerics
 from kerneltest.model.numerics import EX2_APPROX, FORMATS, FP32, IEEE_FP32, WGMMA_16BIT
 
+from ._axes import OPTIONS, lacking
+from ._checks import check_paged, require_rows, require_within
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
@@ -25,31 +30,44 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from . import _eager
+    from ._tensors import by_slot, queries
+
     axes, x = call.case.axes, call.inputs
+    check_paged(call, "q", "k_pages", "v_pages", "kv_indices", "custom_mask")
+    require_rows("q", x["q"])
+    require_within("kv_indices", x["kv_indices"], x["k_pages"].shape[0])
+    caches = {"k": (by_slot(axes, x["k_pages"]), axes.k_scale), "v": (by_slot(axes, x["v_pages"]), axes.v_scale)}
     backend = SDPBackend.FLASH_ATTENTION if call.device.kind == "cpu" else SDPBackend.EFFICIENT_ATTENTION
     first_row = first_page = 0
-    parts = [x["q"].new_empty(0, axes.q_heads, axes.head_dim)]
-    for request in axes.requests:
+    parts = [x["q"].new_empty(0, axes.q_heads, axes.v_dim)]
+    for number, request in enumerate(axes.requests):
         rows = slice(first_row, first_row + request.qo_len)
         pages = x["kv_indices"][first_page : first_page + axes.pages(request)].long()
         first_row, first_page = rows.stop, first_page + len(pages)
         if request.qo_len == 0:
             continue
         # [1, heads, tokens, d]
-        q = x["q"][rows].transpose(0, 1).unsqueeze(0)
+        q = queries(axes, x)[rows].transpose(0, 1).unsqueeze(0)
         k, v = (
-            x[name][pages].flatten(0, 1)[: request.kv_len].repeat_interleave(axes.group, 1).transpose(0, 1).unsqueeze(0)
-            for name in ("k_pages", "v_pages")
+            dequantised(cache[pages].flatten(0, 1)[: request.kv_len], scale, q.dtype)
+            .repeat_interleave(axes.group, 1)
+            .transpose(0, 1)
+            .unsqueeze(0)
+            for cache, scale in caches.values()
         )
-        mask = None
-        if axes.causal:
-            # is_causal aligns at the top left; a prefill over a cache is aligned at the bottom right.
-            last = torch.arange(request.qo_len, device=q.device) + request.kv_len - request.qo_len
-            mask = torch.arange(request.kv_len, device=q.device) <= last.unsqueeze(-1)
+        # is_causal aligns at the top left; a prefill over a cache is aligned at the bottom right.
+        every = not axes.causal and axes.window_left < 0 and axes.mask == "none"
+        mask = None if every else _eager.seen(axes, x, number)
         with sdpa_kernel(backend):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=axes.scale)
         parts.append(out.squeeze(0).transpose(0, 1))
     return {"out": torch.cat(parts)}
+
+
+def dequantised(cache: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """K or V in the dtype of the queries, after their scale."""
+    return cache if cache.dtype == dtype and scale == 1.0 else (cache.float() * scale).to(dtype)
 
 
 def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
@@ -63,6 +81,7 @@ def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
         pv=acc,
         p=fmt,
         out=fmt,
+        dequant=None if case.axes.k_scale == case.axes.v_scale == 1.0 else fmt,
         tile=TILE[device.kind],
         exp_rel=exp_rel,
         lse_base=None,
@@ -71,9 +90,14 @@ def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
 
 
 def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
-    """What scaled_dot_product_attention leaves undefined."""
+    """What scaled_dot_product_attention leaves undefined, or has no argument for."""
+    axes = case.axes
+    if reason := lacking(axes, *OPTIONS.keys() - {"softcap"}):
+        return reason
+    if axes.v_dim != axes.head_dim and device.kind == "cpu":
+        return "on a CPU the flash kernel of scaled_dot_product_attention has one head dimension for K and V"
     for request in case.axes.requests:
-        needed = request.qo_len if case.axes.causal else min(request.qo_len, 1)
+        needed = request.qo_len if axes.causal else min(request.qo_len, 1)
         if request.kv_len < needed:
             return "rows without any key are not defined by scaled_dot_product_attention"
     return None

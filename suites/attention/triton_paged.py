@@ -18,6 +18,8 @@ from kerneltest.model import (
     Numerics,
 )
 
+from ._axes import lacking
+from ._checks import check_paged, require_dense
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
@@ -27,12 +29,15 @@ if TYPE_CHECKING:
 def launch(call: Call) -> dict[str, torch.Tensor]:
     """One launch for the whole batch, into the caller's buffers."""
     from . import _triton_prefill
+    from ._tensors import by_slot, queries
 
     x, axes = call.inputs, call.case.axes
+    check_paged(call, *x, *call.outputs)
+    require_dense({name: value for name, value in x.items() if not value.is_floating_point()})
     _triton_prefill.paged_prefill(
-        x["q"],
-        x["k_pages"],
-        x["v_pages"],
+        queries(axes, x),
+        by_slot(axes, x["k_pages"]),
+        by_slot(axes, x["v_pages"]),
         x["qo_indptr"],
         x["kv_indptr"],
         x["kv_indices"],
@@ -42,6 +47,8 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
         causal=axes.causal,
         sm_scale=axes.scale,
         max_qo_len=max(request.qo_len for request in axes.requests),
+        window_left=axes.window_left,
+        mask=x.get("custom_mask"),
     )
     return dict(call.outputs)
 
@@ -66,7 +73,14 @@ def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
 def specialisation(case: Case[PagedPrefill]) -> str:
     """What Triton compiles anew."""
     axes = case.axes
-    return f"{axes.dtype}-d{axes.head_dim}-{'causal' if axes.causal else 'full'}"
+    seen = "masked" if axes.mask != "none" else "causal" if axes.causal else "full"
+    return f"{axes.dtype}-d{axes.head_dim}-{seen}{'-window' if axes.window_left >= 0 else ''}"
+
+
+def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
+    """Options that the kernel has no code for. It never splits keys."""
+    known = ("window_left", "mask", "layout", "strided_q", "fixed_split_size", "disable_split_kv")
+    return lacking(case.axes, *known)
 
 
 def refuses(step: str, case: Case[PagedPrefill], device: Device) -> str | None:
@@ -81,7 +95,15 @@ triton_prefill = Kernel(
     operator=paged_prefill,
     launch=launch,
     numerics=numerics,
+    unsupported=unsupported,
     specialisation=specialisation,
-    contract=LaunchContract(captured="lengths", refuses=refuses),
+    contract=LaunchContract(
+        captured="lengths",
+        refuses=refuses,
+        trusts=dict.fromkeys(
+            ("index out of range", "indptr", "value out of range"),
+            "values in the device's memory are not read back, which would mean to wait for it",
+        ),
+    ),
     library="triton",
 )

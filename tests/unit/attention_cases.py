@@ -17,6 +17,9 @@ torch.set_num_threads(1)
 discovery.use_roots([discovery.builtin_root()])
 paged = importlib.import_module(f"{discovery.PACKAGE}.attention.paged_prefill")
 reference = importlib.import_module(f"{discovery.PACKAGE}.attention._reference")
+axes_of = importlib.import_module(f"{discovery.PACKAGE}.attention._axes")
+tensors = importlib.import_module(f"{discovery.PACKAGE}.attention._tensors")
+masks = importlib.import_module(f"{discovery.PACKAGE}.attention._masks")
 PagedPrefill, Request = paged.PagedPrefill, paged.Request
 
 DEFAULTS = {
@@ -49,13 +52,33 @@ def draws(count: int) -> settings:
 def gathered(
     case: Case[Any], inputs: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each request with its q, k and v in float32 [q_heads, tokens, d], keys cut at kv_len and repeated for a group."""
+    """Each request with its q, k and v in float32 [q_heads, tokens, d], keys cut at kv_len and repeated for a group.
+
+    K and V are multiplied by their scales.
+    """
+    axes = case.axes
     rows, pages = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
-    for number, request in enumerate(case.axes.requests):
+    for number, request in enumerate(axes.requests):
         table = inputs["kv_indices"][pages[number] : pages[number + 1]].long()
         k, v = (
-            inputs[name][table].flatten(0, 1)[: request.kv_len].repeat_interleave(case.axes.group, 1).float()
-            for name in ("k_pages", "v_pages")
+            cache.float()[table].transpose(1, 1 if axes.layout == "NHD" else 2).flatten(0, 1)[: request.kv_len] * scale
+            for cache, scale in ((inputs["k_pages"], axes.k_scale), (inputs["v_pages"], axes.v_scale))
         )
-        q = inputs["q"][rows[number] : rows[number + 1]].float()
-        yield request, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        q = inputs["q"][rows[number] : rows[number + 1], : axes.q_heads].float()
+        k, v = (x.repeat_interleave(axes.group, 1).transpose(0, 1) for x in (k, v))
+        yield request, q.transpose(0, 1), k, v
+
+
+def shown(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Which keys the queries of each request see, bool [qo_len, kv_len], found pair by pair."""
+    axes, first = case.axes, 0
+    for request in axes.requests:
+        found = torch.zeros(request.qo_len, request.kv_len, dtype=torch.bool)
+        for i in range(request.qo_len):
+            own = i + request.kv_len - request.qo_len
+            for j in range(request.kv_len):
+                found[i, j] = not (axes.causal and j > own) and (axes.window_left < 0 or j >= own - axes.window_left)
+        if axes.mask != "none":
+            found &= inputs["custom_mask"][first : first + found.numel()].view(found.shape)
+            first += found.numel()
+        yield found

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from attention_cases import gathered, paged
+from attention_cases import gathered, paged, shown
 
-from kerneltest.model import FORMATS, IEEE_FP32, Case, Numerics
+from kerneltest.model import FORMATS, FP32, IEEE_FP32, Case, Numerics
 from kerneltest.oracle.verdict import Verdict, judge
 
 Outputs = dict[str, torch.Tensor]
@@ -41,10 +41,8 @@ def kernel(
 ) -> Outputs:
     """``out`` and ``lse`` (base e) of the whole batch."""
     axes, outs, lses = case.axes, [], []
-    for number, (request, q, k, v) in enumerate(gathered(case, inputs)):
-        times = torch.ones(request.qo_len, request.kv_len)
-        if axes.causal:
-            times = times.tril(request.kv_len - request.qo_len)
+    for number, ((_, q, k, v), seen) in enumerate(zip(gathered(case, inputs), shown(case, inputs), strict=True)):
+        times = seen.float()
         flaw.times(number, times)
         out, lse = _attend(axes, q, k, flaw.v(v), times, flaw, tile, l_from)
         outs.append(out.transpose(0, 1))
@@ -62,13 +60,16 @@ def _attend(
     tile: int,
     l_from: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    heads, count, dim = q.shape
+    (heads, count, _), dim = q.shape, v.shape[-1]
     scale = torch.tensor(axes.scale if flaw.scale is None else flaw.scale)
     m = torch.full((heads, count), -torch.inf)
     denominator, acc = torch.zeros(heads, count), torch.zeros(heads, count, dim)
     for start in range(0, k.shape[1], tile):
         j = slice(start, start + tile)
-        s = (q @ k[:, j].mT * scale).masked_fill(times[:, j] == 0, -torch.inf)
+        s = q @ k[:, j].mT * scale
+        if axes.softcap:
+            s = axes.softcap * torch.tanh(s / axes.softcap)
+        s = s.masked_fill(times[:, j] == 0, -torch.inf)
         new = torch.maximum(m, s.amax(-1))
         safe = torch.where(new.isinf() | flaw.no_max, 0.0, new)
         p = torch.exp(s - safe.unsqueeze(-1))
@@ -94,7 +95,10 @@ def judged(
     """What the kernel answers, and what the oracle says of it. ``table`` changes the kernel's own page table."""
     inputs = paged.materialize(case).inputs
     fmt = FORMATS[case.axes.dtype]
-    numerics = Numerics(qk=IEEE_FP32, pv=IEEE_FP32, p=fmt, out=fmt, tile=tile, l_from=l_from, lse_base="e")
+    dequant = None if case.axes.k_scale == case.axes.v_scale == 1.0 else FP32
+    numerics = Numerics(
+        qk=IEEE_FP32, pv=IEEE_FP32, p=fmt, out=fmt, dequant=dequant, tile=tile, l_from=l_from, lse_base="e"
+    )
     terms = paged.reference(case, inputs, "cpu")
     budgets = paged.budget(case, terms, numerics, paged.paged_prefill.strategy(case.inputs))
     outputs = kernel(case, {**inputs, "kv_indices": table(inputs["kv_indices"])}, flaw, tile=tile, l_from=l_from)
@@ -102,6 +106,8 @@ def judged(
 
 
 def with_inputs(case: Case[Any], inputs: str) -> Case[Any]:
-    """The case with another strategy, and the scale that it needs."""
-    scale = paged.LN_2 if inputs == "dyadic" else None
-    return replace(case, inputs=inputs, axes=replace(case.axes, sm_scale=scale), relation="")
+    """The case with another strategy, and the scales that it needs."""
+    axes = replace(case.axes, sm_scale=None)
+    if inputs == "dyadic":
+        axes = replace(axes, sm_scale=paged.LN_2, k_scale=1.0, softcap=0.0)
+    return replace(case, inputs=inputs, axes=axes, relation="")

@@ -139,6 +139,8 @@ def test_dyadic_inputs_with_another_scale_are_refused(scale: float | None) -> No
 @given(paged.cases(Size(batch=1, qo_len=3, kv_len=9, heads=2)))
 def test_strategies_are_drawn_with_the_scale_that_they_need(one: Case[Any]) -> None:
     assert one.axes.sm_scale == (math.log(2.0) if one.inputs == "dyadic" else None)
+    if one.inputs == "dyadic":
+        assert (one.axes.k_scale, one.axes.softcap) == (1.0, 0.0)
     for simpler in paged.simpler(one):
         paged.materialize(simpler)
 
@@ -180,7 +182,7 @@ def test_needles_outweigh_all_other_keys(head_dim: int, causal: bool) -> None:
 
 def test_needles_reach_every_place_that_matters() -> None:
     axes = case((64, 300), page_size=16, kv_heads=2, group=2, causal=True).axes
-    slot = strategies.needles(axes, 64, 300, 5)
+    slot = strategies.needles(axes, axes.requests[0], 5)
     row = torch.arange(64).unsqueeze(-1)
     reached = {
         "first": slot == 0,
@@ -201,7 +203,7 @@ def test_needles_reach_every_place_that_matters() -> None:
 def test_needles_exist(qo_len: int, kv_len: int, causal: bool) -> None:
     axes = case((qo_len, kv_len), page_size=16, kv_heads=2, group=2, causal=causal).axes
     for start in range(40):
-        slot = strategies.needles(axes, qo_len, kv_len, start)
+        slot = strategies.needles(axes, axes.requests[0], start)
         assert ((slot >= 0) & (slot < kv_len)).all()
 
 

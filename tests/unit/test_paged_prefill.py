@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from attention_cases import PagedPrefill, Request, case, draws, paged
+from attention_cases import DEFAULTS, PagedPrefill, Request, axes_of, case, draws, masks, paged, tensors
 from hypothesis import find, given, settings
 
 from kerneltest.model import Case, Materials, OutputSpec, Place, Size
+from kerneltest.model.codec import encode
 
 SMALL = Size(batch=4, qo_len=9, kv_len=70, heads=8)
 WIDE = Size(batch=3, qo_len=130, kv_len=300, heads=16)
@@ -52,25 +57,32 @@ def test_shapes_and_dtypes(case: Case[Any]) -> None:
     axes, materials = case.axes, paged.materialize(case)
     rows, heads = sum(r.qo_len for r in axes.requests), axes.kv_heads * axes.group
     total = sum(len(range(0, r.kv_len, axes.page_size)) for r in axes.requests)
-    dtype = getattr(torch, axes.dtype)
+    dtype, kv_dtype = getattr(torch, axes.dtype), getattr(torch, axes.kv_format)
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in materials.inputs.items()}
-    cache = (max(total + axes.spare_pages, 1), axes.page_size, axes.kv_heads, axes.head_dim)
+    page = (axes.page_size, axes.kv_heads) if axes.layout == "NHD" else (axes.kv_heads, axes.page_size)
+    cache, v_dim = (max(total + axes.spare_pages, 1), *page), axes.head_dim_vo or axes.head_dim
     batch = len(axes.requests)
-    assert shapes == {
-        "q": ((rows, heads, axes.head_dim), dtype),
-        "k_pages": (cache, dtype),
-        "v_pages": (cache, dtype),
+    masked: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if axes.mask != "none":
+        masked["custom_mask"] = ((sum(r.qo_len * r.kv_len for r in axes.requests),), torch.bool)
+    if axes.packed_mask:
+        masked["packed_mask"] = ((sum(-(-r.qo_len * r.kv_len // 8) for r in axes.requests),), torch.uint8)
+        masked["mask_indptr"] = ((batch + 1,), torch.int32)
+    assert shapes == masked | {
+        "q": ((rows, heads + (2 * axes.kv_heads if axes.strided_q else 0), axes.head_dim), dtype),
+        "k_pages": ((*cache, axes.head_dim), kv_dtype),
+        "v_pages": ((*cache, v_dim), kv_dtype),
         "qo_indptr": ((batch + 1,), torch.int32),
         "kv_indptr": ((batch + 1,), torch.int32),
         "kv_indices": ((total,), torch.int32),
         "kv_last_page_len": ((batch,), torch.int32),
     }
     assert materials.outputs == {
-        "out": OutputSpec(shape=(rows, heads, axes.head_dim), dtype=axes.dtype),
+        "out": OutputSpec(shape=(rows, heads, v_dim), dtype=axes.dtype),
         "lse": OutputSpec(shape=(rows, heads), dtype="float32"),
     }
     for name in ("q", "k_pages", "v_pages"):
-        assert materials.inputs[name].isfinite().all()
+        assert materials.inputs[name].float().isfinite().all()
 
 
 def page_table(materials: Materials) -> list[list[int]]:
@@ -126,9 +138,22 @@ def test_dead_bytes_are_exactly_what_no_key_lies_in(case: Case[Any]) -> None:
             if (page, slot) not in live:
                 expected[Place.UNUSED_SLOTS if page in used else Place.UNREFERENCED_PAGES].add((page, slot))
     found: dict[tuple[Place, str], set[tuple[int, int]]] = {}
+    of_queries = [dead for dead in materials.dead if dead.tensor == "q"]
+    assert len(of_queries) == (case.axes.strided_q and case.axes.total_qo > 0)
+    for dead in of_queries:
+        assert dead.place is Place.UNUSED_SLOTS
+        assert not dead.mask[:, : case.axes.q_heads].any()
+        assert dead.mask[:, case.axes.q_heads :].all()
     for dead in materials.dead:
+        if dead.tensor == "q":
+            continue
         assert dead.mask.dtype == torch.bool
-        mask = dead.mask.expand(materials.inputs[dead.tensor].shape[:2])
+        mask = dead.mask
+        if case.axes.layout == "HND":
+            assert mask.shape == materials.inputs[dead.tensor].shape[:3]
+            assert torch.equal(mask.any(1), mask.all(1))
+            mask = mask[:, 0]
+        mask = mask.expand(materials.inputs["k_pages"].shape[0], case.axes.page_size)
         assert (dead.place, dead.tensor) not in found
         found[dead.place, dead.tensor] = {(page, slot) for page, slot in mask.nonzero().tolist()}
     assert found == {
@@ -239,6 +264,18 @@ REACHED: Mapping[str, Callable[[Any], bool]] = {
     "contiguous": lambda a: not a.shuffled,
     "shuffled": lambda a: a.shuffled,
     "most heads": lambda a: a.q_heads == WIDE.heads,
+    **{
+        f"{name} alone": lambda a, name=name: [n for n, (_, asked) in axes_of.OPTIONS.items() if asked(a)] == [name]
+        for name in axes_of.OPTIONS
+        if name != "scales"
+    },
+    "no option": lambda a: axes_of.lacking(a) is None,
+    "both scales": lambda a: a.k_scale != 1.0 and a.v_scale != 1.0,
+    "window and soft-cap": lambda a: a.window_left >= 0 and a.softcap > 0,
+    "a mask in bits, of several requests": lambda a: a.packed_mask and len(a.requests) > 1,
+    **{f"mask {m}": lambda a, m=m: a.mask == m for m in ("none", "random", "tree")},
+    **{f"K and V {d}": lambda a, d=d: a.kv_format == d for d in ("float8_e4m3fn", "float8_e5m2")},
+    "192 and 128": lambda a: (a.head_dim, a.v_dim) == (192, 128),
     **{f"causal {c}": lambda a, c=c: a.causal is c for c in (False, True)},
     **{f"{n} spare pages": lambda a, n=n: a.spare_pages == n for n in range(4)},
     **{f"dtype {d}": lambda a, d=d: a.dtype == d for d in ("bfloat16", "float16", "float32")},
@@ -280,3 +317,116 @@ def test_the_simplest_case() -> None:
     assert (simplest.axes.kv_heads, simplest.axes.group, simplest.axes.page_size) == (1, 1, 1)
     assert not simplest.axes.causal
     assert not simplest.axes.shuffled
+
+
+def test_half_of_the_cases_have_no_option_that_changes_the_answer(drawn: list[Case[Any]]) -> None:
+    free = {"layout", "strided_q"}
+    plain = sum(axes_of.lacking(one.axes, *free) is None for one in drawn)
+    assert 0.4 < plain / len(drawn) < 0.75
+
+
+def test_few_modules_are_needed_and_the_common_one_most_often(drawn: list[Case[Any]]) -> None:
+    # What makes a library that compiles for its options compile anew.
+    modules = Counter(
+        (a.dtype, a.head_dim, a.v_dim, a.kv_format, a.window_left >= 0, a.softcap > 0)
+        for a in (one.axes for one in drawn)
+        if a.dtype != "float32"
+    )
+    assert len(modules) <= 10
+    common = ("bfloat16", 128, 128, "bfloat16", False, False)
+    assert modules.most_common(1)[0][0] == common
+    assert modules[common] > sum(modules.values()) / 3
+
+
+def test_axes_of_older_cases_are_read_and_have_the_same_id() -> None:
+    old = case((2, 3), causal=True)
+    data = {name: value for name, value in encode(old)["axes"].items() if name in DEFAULTS or name == "requests"}
+    read = Case.from_json({**encode(old), "axes": data}, PagedPrefill)
+    assert read == old
+    assert axes_of.without_options(read.axes) == read.axes
+    assert "window_left" not in str(read)
+    assert read.id == "87e3d988"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window_left": -2}, "window_left must be at least -1, got -2"),
+        ({"softcap": -1.0}, "softcap must be at least 0, got -1.0"),
+        ({"softcap": float("inf")}, "softcap must be finite, got inf"),
+        ({"mask": "half"}, "mask must be one of none, random, tree, got 'half'"),
+        ({"kv_dtype": "int8"}, "kv_dtype must be one of same, float8_e4m3fn, float8_e5m2, got 'int8'"),
+        ({"layout": "DNH"}, "layout must be one of NHD, HND, got 'DNH'"),
+        ({"mask": "tree", "causal": True}, "causal must be false"),
+        ({"packed_mask": True}, "there is no mask to be packed"),
+        ({"k_scale": 0.0}, "k_scale and v_scale must be positive, got 0.0 and 1.0"),
+        ({"head_dim_vo": 0}, "head_dim_vo must be at least 1, got 0"),
+        ({"fixed_split_size": 2, "disable_split_kv": True}, "not be split at all"),
+    ],
+)
+def test_axes_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        case((1, 1), **wrong)
+
+
+@draws(60)
+@given(small)
+def test_a_mask_shows_every_query_a_key_and_is_the_same_in_bits(case: Case[Any]) -> None:
+    mask = case.axes.mask if case.axes.mask != "none" else "random"
+    case = replace(case, axes=replace(case.axes, mask=mask, packed_mask=True, causal=False))
+    inputs = paged.materialize(case).inputs
+    begins = inputs["mask_indptr"].tolist()
+    for number, (request, bits) in enumerate(zip(case.axes.requests, masks.masks(case.axes, inputs), strict=True)):
+        first, end = masks.limits(case.axes, request)
+        keys = torch.arange(request.kv_len)
+        inside = (keys >= first.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
+        assert (bits & inside).any(-1).all() or request.kv_len == 0
+        size = bits.numel()
+        packed = inputs["packed_mask"][begins[number] : begins[number + 1]]
+        assert len(packed) == -(-size // 8)
+        expected = np.unpackbits(packed.numpy(), bitorder="little")[:size].astype(bool)
+        assert np.array_equal(bits.flatten().numpy(), expected)
+        assert torch.equal(masks.unpack(inputs["packed_mask"], begins[number], request), bits)
+
+
+def test_a_tree_shows_ancestors_and_everything_before_it() -> None:
+    one = case((40, 100), mask="tree", seed=5)
+    (mask,) = masks.masks(one.axes, paged.materialize(one).inputs)
+    assert mask[:, :60].all()
+    tree = mask[:, 60:]
+    assert tree.diagonal().all()
+    assert not tree.triu(1).any()
+    for node in range(40):
+        ancestors = tree[node].nonzero().flatten().tolist()
+        # Whom an ancestor sees, its descendant sees.
+        assert all(torch.equal(tree[other] & tree[node], tree[other]) for other in ancestors)
+    assert 1 < tree.sum(-1).float().mean() < 20
+
+
+def test_random_masks_hide_whole_tiles() -> None:
+    one = case((64, 400), mask="random", seed=1)
+    (mask,) = masks.masks(one.axes, paged.materialize(one).inputs)
+    share = mask.float().mean(-1)
+    assert (share == 1).any()
+    assert (share < 0.02).any()
+    assert not mask[:, :64].any(-1).all()
+
+
+def test_strided_queries_are_no_copy() -> None:
+    one = case((3, 5), kv_heads=2, group=3, strided_q=True)
+    q = tensors.queries(one.axes, paged.materialize(one).inputs)
+    assert q.shape == (3, 6, 64)
+    assert q.stride() == (10 * 64, 64, 1)
+    assert not q.is_contiguous()
+
+
+@draws(80)
+@given(small)
+def test_simpler_steps_end_at_the_common_case_without_options(case: Case[Any]) -> None:
+    seen = set()
+    while case not in seen:
+        seen.add(case)
+        case = next(iter(paged.simpler(case)), case)
+        paged.materialize(case)
+    assert axes_of.lacking(case.axes) is None
+    assert (case.axes.dtype, case.axes.head_dim) == ("bfloat16", 128)

@@ -6,13 +6,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import mpmath
 import numpy as np
 import pytest
 import torch
-from attention_cases import case, draws, paged, reference
+from attention_cases import axes_of, case, draws, paged, reference, shown, tensors
 from hypothesis import given
 
 from kerneltest.model import Case, Size
@@ -27,30 +28,36 @@ def terms_of(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> AttentionTe
     return paged.reference(case, inputs, "cpu")
 
 
-def brute_force(inputs: Mapping[str, torch.Tensor], *, causal: bool, scale: float) -> dict[str, np.ndarray]:
+def brute_force(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """One query and one head at a time, one key at a time where a page is looked up."""
+    axes = case.axes
+    scale, cap = axes.scale * axes.k_scale, axes.softcap
     q, k_pages, v_pages = (inputs[name].double().numpy() for name in ("q", "k_pages", "v_pages"))
+    q, v_pages = q[:, : axes.q_heads], v_pages * axes.v_scale
+    if axes.layout == "HND":
+        k_pages, v_pages = k_pages.swapaxes(1, 2), v_pages.swapaxes(1, 2)
     qo, kv, pages, last = (
         inputs[name].numpy() for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
     )
-    rows, heads, dim = q.shape
+    (rows, heads, _), dim = q.shape, v_pages.shape[-1]
     page_size, kv_heads = k_pages.shape[1:3]
     result = {name: np.zeros((rows, heads)) for name in ROWS}
     result |= {name: np.zeros((rows, heads, dim)) for name in CHANNELS}
     result["lse"] -= np.inf
+    visible = list(shown(case, inputs))
     for r in range(len(last)):
         mine = pages[kv[r] : kv[r + 1]]
         length = (len(mine) - 1) * page_size + last[r] if len(mine) else 0
         slots = [(mine[j // page_size], j % page_size) for j in range(length)]
         for i, row in enumerate(range(qo[r], qo[r + 1])):
-            hidden = (qo[r + 1] - qo[r]) - 1 - i if causal else 0  # the keys of the queries that come after
-            seen = slots[: max(len(slots) - hidden, 0)]
+            seen = [slot for slot, here in zip(slots, visible[r][i].tolist(), strict=True) if here]
             for head in range(heads) if seen else ():
                 kv_head = head // (heads // kv_heads)
                 k = np.array([k_pages[page, slot, kv_head] for page, slot in seen])
                 v = np.array([v_pages[page, slot, kv_head] for page, slot in seen])
                 v_abs = np.abs(v)
                 s = np.array([math.fsum(q[row, head] * key) for key in k]) * scale
+                s = np.array([cap * math.tanh(x / cap) for x in s]) if cap else s
                 A = np.array([math.fsum(np.abs(q[row, head] * key)) for key in k]) * scale
                 m = s.max()
                 total = math.fsum(np.exp(s - m))
@@ -70,7 +77,8 @@ def brute_force(inputs: Mapping[str, torch.Tensor], *, causal: bool, scale: floa
                     np.array([x[page, slot, kv_head] for page, slot in slots]) for x in (k_pages, v_pages)
                 )
                 result["dot_max"][at] = (np.abs(every_k) @ np.abs(q[row, head])).max() * scale
-                result["score_max"][at] = np.abs(every_k @ q[row, head]).max() * scale
+                largest = np.abs(every_k @ q[row, head]).max() * scale
+                result["score_max"][at] = cap * math.tanh(largest / cap) if cap else largest
                 result["norm_max"][at] = ((every_k**4).sum(1).max() * (q[row, head] ** 4).sum()) ** 0.25 * scale
                 result["peak_out"][at] = np.abs(every_v).sum(0) / total
     return result
@@ -96,8 +104,32 @@ def assert_equal_to(terms: AttentionTerms, expected: Mapping[str, np.ndarray], t
 @given(small)
 def test_every_term_agrees_with_numpy(case: Case[Any]) -> None:
     inputs = paged.materialize(case).inputs
-    expected = brute_force(inputs, causal=case.axes.causal, scale=case.axes.scale)
-    assert_equal_to(terms_of(case, inputs), expected, 1e-12)
+    assert_equal_to(terms_of(case, inputs), brute_force(case, inputs), 1e-12)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window_left": 1},
+    "no more than itself": {"window_left": 0, "causal": True},
+    "soft-cap": {"softcap": 0.5},
+    "mask": {"mask": "random"},
+    "tree": {"mask": "tree", "packed_mask": True},
+    "tree and window": {"mask": "tree", "window_left": 3},
+    "eight bits": {"kv_dtype": "float8_e5m2", "k_scale": 0.375, "v_scale": 1.6875},
+    "memory": {"layout": "HND", "strided_q": True},
+    "another head dimension": {"head_dim_vo": 48},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_agrees_with_numpy(options: str) -> None:
+    one = case((3, 9), (6, 4), (2, 0), (5, 5), kv_heads=2, group=2, shuffled=True, **OPTIONS[options])
+    inputs = paged.materialize(one).inputs
+    assert_equal_to(terms_of(one, inputs), brute_force(one, inputs), 1e-12)
+    # And it changes something.
+    without = replace(one, axes=axes_of.without_options(one.axes))
+    if OPTIONS[options].keys() & {"window_left", "softcap", "mask"}:
+        lse = terms_of(without, {name: x for name, x in inputs.items() if name != "custom_mask"}).lse
+        assert not torch.allclose(terms_of(one, inputs).lse, lse)
 
 
 @draws(100)
@@ -143,6 +175,9 @@ def test_small_chunks_give_the_same_terms(monkeypatch: pytest.MonkeyPatch, causa
         return attention_terms(x)
 
     monkeypatch.setattr(reference, "attention_terms", counted)
+    masked = replace(whole, axes=replace(whole.axes, causal=False, mask="random", window_left=20))
+    bits = paged.materialize(masked).inputs
+    unchunked = terms_of(masked, bits)
     bytes_of_a_row = reference.LIVE_ARRAYS * 8 * 4 * 41
     for chunk_bytes, chunks in ((1, [1] * 60), (7 * bytes_of_a_row, [23] + [7] * 5 + [2])):
         counts.clear()
@@ -150,6 +185,7 @@ def test_small_chunks_give_the_same_terms(monkeypatch: pytest.MonkeyPatch, causa
         terms = terms_of(whole, inputs)
         assert_equal_to(terms, {name: getattr(expected, name).numpy() for name in TENSORS}, 1e-14)
         assert sorted(counts) == sorted(chunks)
+        assert_equal_to(terms_of(masked, bits), {name: getattr(unchunked, name).numpy() for name in TENSORS}, 1e-14)
         for centred in (False, True):
             assert torch.allclose(terms.spread(filters, centred), expected.spread(filters, centred), rtol=1e-12)
 
@@ -162,21 +198,22 @@ def test_spread_agrees_with_numpy(case: Case[Any]) -> None:
     inputs = {
         name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in materials.inputs.items()
     }
+    values = tensors.by_slot(case.axes, inputs["v_pages"])
     terms = terms_of(case, inputs)
     filters = torch.randn(terms.out.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64)
     longest = max(request.kv_len for request in case.axes.requests)
     for centred in (False, True):
         expected = torch.zeros_like(terms.lse)
         for slot in range(longest):
-            only, there = dict(inputs), torch.zeros_like(inputs["v_pages"])
+            only, there = dict(inputs), torch.zeros_like(values)
             page, offset = divmod(slot, case.axes.page_size)
             first = inputs["kv_indptr"][:-1].long()
             mine = [r for r, request in enumerate(case.axes.requests) if slot < request.kv_len]
             pages = inputs["kv_indices"].long()[first[mine] + page]
             there[pages, offset] = 1.0
-            only["v_pages"] = there
-            weight = terms_of(case, only).out[..., 0]
-            only["v_pages"] = there * inputs["v_pages"]
+            only["v_pages"] = tensors.as_laid_out(case.axes, there)
+            weight = terms_of(case, only).out[..., 0] / case.axes.v_scale
+            only["v_pages"] = tensors.as_laid_out(case.axes, there * values)
             moved = terms_of(case, only).out - (weight.unsqueeze(-1) * terms.out if centred else 0)
             expected += (moved * filters).sum(-1).square()
         assert torch.allclose(terms.spread(filters, centred), expected.sqrt(), rtol=1e-10, atol=1e-12)

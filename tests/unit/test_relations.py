@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import case, draws, paged, reference
+from attention_cases import case, draws, paged, reference, tensors
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ RICH = case((3, 9), (2, 6), kv_heads=2, group=2, shuffled=True, spare_pages=1, d
 
 def exact(of: Case[Any], inputs: Mapping[str, torch.Tensor], numerics: Numerics) -> dict[str, Bounded]:
     """The reference's answer, as a kernel without any error would give it."""
-    terms = reference.paged_attention_terms(inputs, causal=of.axes.causal, sm_scale=of.axes.scale)
+    terms = reference.terms_of(of.axes, inputs)
     lse = terms.lse if numerics.lse_base == "e" else terms.lse / math.log(2.0)
     return {name: Bounded(value=v, error=torch.zeros_like(v)) for name, v in (("out", terms.out), ("lse", lse))}
 
@@ -67,9 +67,12 @@ def widened(answer: Mapping[str, Bounded], by: float) -> dict[str, Bounded]:
 @draws(400)
 @given(of=drawn, name=st.sampled_from(NAMES), numerics=st.sampled_from([IN_NATS, IN_BITS]))
 def test_a_relation_is_true_of_the_reference(of: Case[Any], name: str, numerics: Numerics) -> None:
-    relation = OPERATOR.relation(name)
-    assume(relation.applies(of))
-    materials = paged.materialize(of)
+    assume(OPERATOR.relation(name).applies(of))
+    assert_true_of_the_reference(of, name, numerics)
+
+
+def assert_true_of_the_reference(of: Case[Any], name: str, numerics: Numerics) -> None:
+    relation, materials = OPERATOR.relation(name), paged.materialize(of)
     original = widened(exact(of, materials.inputs, numerics), 1e-12)
     try:
         found = relation.transform(of, materials)
@@ -102,7 +105,7 @@ def test_what_is_dead_in_a_variant_is_not_seen_and_everything_else_is(of: Case[A
         for output, found in exact(variant.case, inputs, IN_NATS).items():
             assert torch.equal(found.value, clean[output].value)
             assert tuple(found.value.shape) == variant.materials.outputs[output].shape
-        live = inputs["v_pages"].isfinite().all(-1).all(-1)
+        live = tensors.by_slot(axes, inputs["v_pages"].float()).isfinite().all(-1).all(-1)
         seen = torch.zeros_like(live)
         for part in transformations.parts(variant.case, inputs):
             slots = torch.arange(len(part.pages) * axes.page_size).view(-1, axes.page_size)
@@ -153,6 +156,40 @@ def test_which_relations_apply() -> None:
     assert those(case((2, 5), causal=True)) == {*always, "decode", "page_permutation"}
     assert those(case((2, 6), causal=True)) == {*always, "decode", "page_permutation", "split"}
     assert those(RICH) == set(NAMES)
+    # What needs keys that all queries see, or keys without an order, says nothing of windows and some masks.
+    several = set(NAMES)
+    ordered = {"key_permutation", "duplicate_keys"}
+
+    def with_options(**options: Any) -> set[str]:
+        return those(replace(RICH, axes=replace(RICH.axes, **options)))
+
+    assert with_options(softcap=2.0, layout="HND", strided_q=True, k_scale=0.5, v_scale=3.0) == several
+    assert with_options(causal=True) == several - ordered
+    assert with_options(window_left=2) == several - ordered - {"split", "decode"}
+    assert with_options(window_left=2, causal=True) == several - ordered - {"split"}
+    assert with_options(mask="random") == several - {"split"}
+    assert with_options(mask="tree", window_left=2) == several - ordered - {"split", "decode"}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window_left": 2},
+    "causal window": {"window_left": 2, "causal": True},
+    "soft-cap": {"softcap": 2.0},
+    "mask": {"mask": "random", "packed_mask": True},
+    "tree and window": {"mask": "tree", "window_left": 2},
+    "eight bits": {"kv_dtype": "float8_e4m3fn", "k_scale": 0.375, "v_scale": 1.6875},
+    "memory": {"layout": "HND", "strided_q": True},
+    "another head dimension": {"head_dim_vo": 48},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_relation_is_true_of_the_reference_with_options(options: str, name: str) -> None:
+    of = replace(RICH, axes=replace(RICH.axes, **OPTIONS[options]), seed=3)
+    if not OPERATOR.relation(name).applies(of):
+        return
+    assert_true_of_the_reference(of, name, IN_NATS)
 
 
 @draws(100)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import Call, Case, Device, Kernel
 
 from ..attention import triton_paged
+from ..attention._axes import plain
 from ..attention.paged_prefill import paged_prefill
 from . import _attention as a
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Outputs = Mapping[str, "torch.Tensor"]
-TRITON = {"library": "triton", "numerics": triton_paged.numerics, "devices": ("cpu", "cuda")}
+TRITON = {"library": "triton", "numerics": triton_paged.numerics, "devices": ("cpu", "cuda"), "unsupported": plain}
 
 # The n-th launch of a worker differs from the one before, whatever the case.
 LAUNCHES = itertools.count()

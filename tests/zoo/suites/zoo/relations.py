@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Call, Case, Device, Kernel, Numerics, Size
 
+from ..attention._axes import without_options
 from ..attention.paged_prefill import PagedPrefill, paged_prefill
 from . import _attention as a
 
@@ -35,7 +36,9 @@ def pair(relation: str, launch: Launch, **misread: Any) -> tuple[Kernel, Kernel]
     """A kernel with a bug and one without, hunted with one relation; ``misread``: what the operator shares of it."""
 
     def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
-        named = paged_prefill.cases(size).map(lambda case: replace(case, relation=relation))
+        named = paged_prefill.cases(size).map(
+            lambda case: replace(case, relation=relation, axes=without_options(case.axes))
+        )
         return named.filter(paged_prefill.relation(relation).applies)
 
     # Kernels of one operator are run beside each other, which is not what this is about: each has its own.
