@@ -33,8 +33,8 @@ SMALL = Size(batch=2, qo_len=5, kv_len=20, heads=4, rows=4, vocabulary=300)
 DRAWN_FOR_EACH = 4
 # Seconds that a call gets in which a value is wrong, at least: nothing is compiled for a value.
 PATIENCE = 5.0
-# Another dtype, shape or alignment may be compiled for.
-COMPILED_FOR = ("dtype", "shape", "strides", "alignment", "parameter")
+# What is wrong with a tensor's form may be compiled for, or be met by code that was not loaded before.
+OF_FORM = ("dtype", "device", "shape", "strides", "alignment", "parameter")
 COMPILER_PATIENCE = 120.0
 
 
@@ -64,13 +64,13 @@ class _Hunt:
     known: int = 0
     late: int = 0
 
-    def ask(self, case: Case[Any], misuse: Bad) -> Outcome:
-        """Run a case that something is wrong with, or list what can be."""
+    def ask(self, case: Case[Any], misuse: Bad, patience: float = 1.0) -> Outcome:
+        """Run a case that something is wrong with, or list what can be; in ``patience`` times its deadline."""
         outcome = self.runner.run(
             self.target.kernel,
             self.target.source,
             case,
-            deadline=self._deadline(misuse),
+            deadline=patience * self._deadline(misuse),
             cold=self.profile.cold_deadline,
             misuse=misuse,
         )
@@ -83,8 +83,9 @@ class _Hunt:
         if misuse == "list":
             return self.profile.deadline
         device = self.runner.started.device
-        if misuse.kind in COMPILED_FOR and device is not None and device.kind == "cuda":
-            return min(self.profile.cold_deadline, COMPILER_PATIENCE)
+        if misuse.kind in OF_FORM:
+            compiler = device is not None and device.kind == "cuda"
+            return min(self.profile.cold_deadline, COMPILER_PATIENCE) if compiler else self.profile.deadline
         return min(self.profile.deadline, max(PATIENCE, 10 * self.slowest))
 
     def cases(self, seed_value: int) -> dict[Case[Any], tuple[Misuse, ...]]:
@@ -141,6 +142,8 @@ class _Hunt:
         """Run a misuse, and keep what comes of it."""
         case, misuse = misused.case, misused.misuse
         outcome = self.ask(case, misuse)
+        if outcome.finding is not None and outcome.finding.kind == "Hung":
+            outcome = self.ask(case, misuse, patience=2.0)  # a busy machine is no hang
         finding = self._about(outcome, misused)
         if outcome.finding is not None and finding is None:
             # Of a case that was right when it was asked before: it has a hunt of its own to be found in.

@@ -24,18 +24,18 @@ from kerneltest.model import (
     Unsupported,
 )
 from kerneltest.worker import device as devices
-from kerneltest.worker.checks import outputs_are_certified, outputs_lie_within_budget
+from kerneltest.worker.acceptance import fitted, right_for_what_it_is, wrongly_judged
 from kerneltest.worker.differences import finding, out_of_bounds, unequal
 from kerneltest.worker.execute import raised_by, refused
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.memory import Arena, Damage
 from kerneltest.worker.poison import fill_dead
 from kerneltest.worker.rig import Rig
-from kerneltest.worker.staging import KernelRaised, Observation, Staged, Workspaces, expected_outputs, wrong_form
+from kerneltest.worker.staging import KernelRaised, Staged, Workspaces, expected_outputs, wrong_form
 from kerneltest.worker.tampering import LATE, Layout, Tampering, Tamperings, catalogue, placed
 
 # What is wrong, where the call may all the same be answered by what the tensor says now.
-READ_AS_IT_IS = ("dtype", "value out of range")
+READ_AS_IT_IS = ("dtype", "shape", "value out of range")
 # What Python, or torch, says when something went wrong that nobody had thought of. It names no argument.
 HELPLESS = (
     "index out of range",
@@ -80,12 +80,14 @@ class Lender(Workspaces):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What came of a launch that raised nothing. ``outputs`` are on the host, and none if there is a ``problem``.
+    """What came of a launch that raised nothing. ``outputs`` are on the host in the form of the case, and none if
+    there is a ``problem`` with that; ``returned`` as they are, where something was wrong.
 
     ``lent``: the outputs that the kernel returned in its caller's buffers. ``asked``: how often for workspace.
     """
 
     outputs: Mapping[str, torch.Tensor]
+    returned: Mapping[str, torch.Tensor]
     problem: str | None
     mutated: tuple[str, ...]
     damage: tuple[Damage, ...]
@@ -108,7 +110,7 @@ class Bench:
         self.inputs = {name: value.clone() for name, value in materials.inputs.items()}
         fill_dead(self.inputs, materials.dead, self.fills)
         self.right = self.answer(None)
-        self.broken = self.right.problem or self._judged(self.execution, self.right.outputs)
+        self.broken = self.right.problem or wrongly_judged(self.execution, self.right.outputs, self.fills)
 
     @cached_property
     def tamperings(self) -> Tamperings:
@@ -165,77 +167,45 @@ class Bench:
         return Materials(inputs=inputs, dead=(), outputs=outputs)
 
     def _read(self, returned: Any, misuse: Misuse | None) -> dict[str, Any]:
-        """The outputs on the host, and why they are not of the form that the case has. What follows from the misuse
-        is no reason: more rows for more rows, or a wider dtype for a wider dtype.
-        """
+        """The outputs on the host in the form of the case, and why they have another; and what they were before."""
         expected = expected_outputs(self.kernel, self.execution.materials)
+        raw = {}
         if misuse and isinstance(returned, Mapping):
-            returned = {
-                name: self._fitted(name, value, expected[name], misuse)
-                if name in expected and isinstance(value, torch.Tensor)
-                else value
-                for name, value in returned.items()
+            tensors = {name: value for name, value in returned.items() if isinstance(value, torch.Tensor)}
+            raw = {name: _on_the_host(value) for name, value in tensors.items() if not value.is_meta}
+            returned = dict(returned) | {
+                name: fitted(value, expected[name], self.right.outputs[name], misuse, self.device)
+                for name, value in tensors.items()
+                if name in expected
             }
         problem = wrong_form(returned, expected, self.device)
-        outputs = {} if problem else {name: value.detach().to("cpu", copy=True) for name, value in returned.items()}
-        return {"outputs": outputs, "problem": problem}
+        outputs = {} if problem else {name: _on_the_host(value) for name, value in returned.items()}
+        return {"outputs": outputs, "problem": problem, "returned": raw}
 
-    def _fitted(self, name: str, value: torch.Tensor, spec: OutputSpec, misuse: Misuse) -> torch.Tensor:
-        """An output as the case has it, where it differs only by what a wrong dtype or shape means if it is obeyed."""
-        dtype = getattr(torch, spec.dtype)
-        if misuse.kind == "dtype" and value.dtype.is_floating_point == dtype.is_floating_point:
-            return value.to(dtype)
-        if misuse.kind != "shape" or value.dtype != dtype or not spec.shape:
-            return value
-        rows = spec.shape[0]
-        if misuse.role == "input" and value.numel() == torch.Size(spec.shape).numel():
-            return value.reshape(spec.shape)  # with one dimension more or less
-        if tuple(value.shape[1:]) != tuple(spec.shape[1:]) or not value.shape:
-            return value
-        if misuse.role == "input" and value.shape[0] < rows:
-            # Fewer rows are answered by fewer rows; the others are nobody's concern.
-            rest = self.right.outputs[name][value.shape[0] :].to(value.device)
-            return torch.cat([value, rest])
-        return value[:rows]
-
-    def _not_right(self, outputs: Mapping[str, torch.Tensor], tampering: Tampering | None = None) -> str | None:
-        """Why these outputs are not those of the case, in a sentence."""
-        if tampering and tampering.misuse.kind == "nan":
-            # To hand NaN on is right as well.
+    def _not_right(self, outputs: Mapping[str, torch.Tensor], *, nan: bool = False) -> str | None:
+        """Why these outputs are not those of the case, in a sentence. With ``nan`` they may be NaN instead."""
+        if nan:
             outputs = {
                 name: torch.where(value.isnan(), self.right.outputs[name], value) for name, value in outputs.items()
             }
-        if not self._differ(outputs):
-            return None
-        found = self._judged(self.execution, outputs)
-        if found and tampering and tampering.misuse.role == "input" and tampering.misuse.kind in READ_AS_IT_IS:
-            return found if self._judged_as_it_is(outputs, tampering) else None
-        return found
+        differ = any(bool(unequal(value, self.right.outputs[name]).any()) for name, value in outputs.items())
+        return wrongly_judged(self.execution, outputs, self.fills) if differ else None
 
-    def _differ(self, outputs: Mapping[str, torch.Tensor]) -> bool:
-        """Whether any bit differs from the right answer."""
-        return any(bool(unequal(value, self.right.outputs[name]).any()) for name, value in outputs.items())
-
-    def _judged(self, execution: Execution, outputs: Mapping[str, torch.Tensor]) -> str | None:
-        judged = execution.beside(self.kernel)
-        judged.budgets = execution.budgets
-        judged.observations = [Observation(plan=self.fills, outputs=outputs, mutated=())]
-        found = outputs_lie_within_budget(judged) or outputs_are_certified(judged)
-        return ", ".join([found.what, *found.details]) if found else None
-
-    def _judged_as_it_is(self, outputs: Mapping[str, torch.Tensor], tampering: Tampering) -> str | None:
-        """Why these are not the outputs for what the tensor holds now, as the operator's reference reads it."""
+    def _right_for_what_it_is(self, answer: Answer, misuse: Misuse) -> bool:
         # Without the poison in elements that mean nothing, which the reference is never given.
-        materials, name = self.execution.materials, tampering.misuse.argument
-        value = self._catalogue(materials.inputs)[tampering.misuse.name].value
+        materials = self.execution.materials
+        value = self._catalogue(materials.inputs)[misuse.name].value
         assert value is not None
-        other = Execution(
-            self.kernel, self.case, self.rig, replace(materials, inputs={**materials.inputs, name: value})
+        inputs = {**materials.inputs, misuse.argument: value}
+        return right_for_what_it_is(
+            self.kernel,
+            self.case,
+            self.rig,
+            replace(materials, inputs=inputs),
+            answer.outputs,
+            answer.returned,
+            self.fills,
         )
-        try:
-            return self._judged(other, outputs)
-        except Exception as error:  # the reference may not be able to read it at all
-            return str(error) or type(error).__name__
 
     def finding(self, answer: Answer, tampering: Tampering) -> Finding | None:
         """What is wrong with an answer to a call in which something was wrong."""
@@ -246,8 +216,11 @@ class Bench:
         if answer.mutated:
             what = f"the launch changed its input {', '.join(answer.mutated)}"
             return _about(finding(self.execution, "InputMutated", key="", what=what), misuse)
-        wrong = answer.problem or self._not_right(answer.outputs, tampering)
+        # To hand NaN on is right as well.
+        wrong = answer.problem or self._not_right(answer.outputs, nan=misuse.kind == "nan")
         if wrong is None:
+            return None
+        if misuse.role == "input" and misuse.kind in READ_AS_IT_IS and self._right_for_what_it_is(answer, misuse):
             return None
         return _about(
             finding(self.execution, "BadInputAccepted", key="", what=f"there was no error, but this: {wrong}"), misuse
@@ -341,6 +314,10 @@ def _raised(error: Exception) -> Outcome:
 def _about(found: Finding, misuse: Misuse, before: str = "") -> Finding:
     """A finding as one of a misuse."""
     return replace(found, key=misuse.key, culprit=f"{before}{misuse}")
+
+
+def _on_the_host(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", copy=True)
 
 
 def _same_memory(returned: Any, name: str, lent: torch.Tensor) -> bool:

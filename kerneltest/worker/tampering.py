@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from kerneltest.model import Case, Device, Kernel, Materials, Misuse, OutputSpec, Pattern
+from kerneltest.model import Case, Device, Kernel, Misuse, OutputSpec, Pattern
+from kerneltest.worker.acceptance import same_forms
 from kerneltest.worker.memory import Arena
 from kerneltest.worker.poison import fill_bytes
 
@@ -264,7 +265,7 @@ def _of_parameters(
             other = dataclasses.replace(case, axes=dataclasses.replace(case.axes, **{field.name: value}))
             if kernel.unsupported(other, device) or kernel.specialisation(other) != kernel.specialisation(case):
                 continue
-            if not is_float and _same_forms(kernel.operator.materialize(other), inputs):
+            if not is_float and same_forms(kernel.operator.materialize(other).inputs, inputs):
                 continue  # another call that makes sense
         except Exception:  # noqa: S112  (an operator may say in any way that there is no such case)
             continue
@@ -276,13 +277,6 @@ def _of_parameters(
             says="is NaN" if is_float else f"is {value} where the tensors have {had}",
         )
         yield Tampering(misuse=misuse, case=other)
-
-
-def _same_forms(materials: Materials, inputs: Mapping[str, torch.Tensor]) -> bool:
-    return all(
-        name in inputs and (value.shape, value.dtype) == (inputs[name].shape, inputs[name].dtype)
-        for name, value in materials.inputs.items()
-    )
 
 
 def _of_workspace() -> Iterator[Tampering]:
