@@ -69,14 +69,11 @@ def partitions(probabilities: torch.Tensor) -> tuple[Partition, ...]:
 def log_e(probabilities: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The logarithm of E of one partition, float64 [...], averaged over κ; probabilities [bins], counts [..., bins]."""
     p, x = probabilities.to(torch.float64), counts.to(torch.float64)
-    n = x.sum(-1)
-    null = torch.where(x > 0, x * p.log(), 0.0).sum(-1)
-    logs = []
-    for kappa in KAPPAS:
-        start = torch.tensor(kappa, dtype=torch.float64)
-        ratio = (torch.lgamma(kappa * p + x) - torch.lgamma(kappa * p)).sum(-1)
-        logs.append(torch.lgamma(start) - torch.lgamma(start + n) + ratio - null)
-    return torch.logsumexp(torch.stack(logs), 0) - math.log(len(KAPPAS))
+    n, null = x.sum(-1, keepdim=True), (x * p.log()).sum(-1, keepdim=True)
+    kappa = torch.tensor(KAPPAS, dtype=torch.float64)
+    start = kappa[:, None] * p
+    ratio = (torch.lgamma(start + x[..., None, :]) - torch.lgamma(start)).sum(-1)
+    return torch.logsumexp(torch.lgamma(kappa) - torch.lgamma(kappa + n) + ratio - null, -1) - math.log(len(KAPPAS))
 
 
 def mixture(logs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -217,7 +214,7 @@ def _least_log_e(probabilities: torch.Tensor, n: int, t: float) -> float:
 def _shares(most: float, least: float, t: float) -> torch.Tensor:
     """The probabilities that a set of bins with ``t`` to gain can have: with the largest bin in it, or without."""
     end = 1 - t
-    steps = torch.linspace(0.0, 1.0, 17, dtype=torch.float64)
+    steps = torch.linspace(0.0, 1.0, 13, dtype=torch.float64)
     ranges = [(least, min(1 - least, end))] if most <= 0.5 else [(least, min(1 - most, end)), (most, end)]
     return torch.cat([low + (high - low) * steps for low, high in ranges if 0 < low <= high < 1] or [steps[:0]])
 

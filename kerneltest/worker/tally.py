@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kerneltest.model import Case, Counts, Finding, Kernel, Outcome, Series, Status, Unsupported
+from kerneltest.model import Case, Counts, Evidence, Finding, Kernel, Outcome, Series, Status, Unsupported
 from kerneltest.oracle.eprocess import Partition, coincidence, detectable, log_e, mixture, partitions
 from kerneltest.worker import device as devices
 from kerneltest.worker.checks import buffers_keep_their_bounds, inputs_are_intact, outputs_have_the_right_form
@@ -44,7 +44,7 @@ def tally(kernel: Kernel, case: Case[Any], rig: Rig, series: Series) -> Outcome:
         return outcome
     execution = Execution(kernel, case, rig)
     probabilities = _distribution(execution)
-    ledger = _Ledger(probabilities=probabilities, ways=partitions(probabilities), series=series)
+    ledger = Ledger(probabilities=probabilities, ways=partitions(probabilities), series=series)
     found, reason = None, ledger.reason
     if reason is None and not ledger.rejected:
         try:
@@ -63,7 +63,7 @@ def tally(kernel: Kernel, case: Case[Any], rig: Rig, series: Series) -> Outcome:
         finding=found,
         reason=reason,
         slack=kernel.numerics(case, rig.device).slack,
-        evidence=ledger.evidence if told else None,
+        evidence=ledger.sealed() if told else None,
     )
 
 
@@ -78,7 +78,7 @@ def _distribution(execution: Execution) -> torch.Tensor:
 
 
 @dataclass
-class _Ledger:
+class Ledger:
     """The counts of all runs, and what they say."""
 
     probabilities: torch.Tensor
@@ -119,27 +119,27 @@ class _Ledger:
             self.evidence,
             draws=self.evidence.draws + int(by_category.sum()),
             next_draw=next_draw % NUMBERS,
-            partitions=tuple(
-                Counts(
-                    partition=way.name,
-                    probabilities=tuple(way.probabilities.tolist()),
-                    counts=tuple(map(int, counts.tolist())),
-                )
-                for way, counts in zip(self.ways, self.counts, strict=True)
-            ),
             log_e=log,
             highest=max(self.evidence.highest, log),
             impossible=self.evidence.impossible + impossible,
         )
 
-    def close(self) -> None:
-        """Work out what all the draws together would have shown."""
-        if not self.rejected:
-            least = (
-                detectable(way.probabilities, int(counts.sum()), among=len(self.ways))
-                for way, counts in zip(self.ways, self.counts, strict=True)
+    def sealed(self) -> Evidence:
+        """The evidence with all counts, and with what they would have shown if nothing is rejected."""
+        pairs = list(zip(self.ways, self.counts, strict=True))
+        counted = tuple(
+            Counts(
+                partition=way.name,
+                probabilities=tuple(way.probabilities.tolist()),
+                counts=tuple(map(int, counts.tolist())),
             )
-            self.evidence = replace(self.evidence, detectable=max(least, default=1.0))
+            for way, counts in pairs
+        )
+        least = self.evidence.detectable
+        if not self.rejected:
+            each = (detectable(way.probabilities, int(counts.sum()), among=len(pairs)) for way, counts in pairs)
+            least = max(each, default=1.0)
+        return replace(self.evidence, partitions=counted, detectable=least)
 
     def finding(self, execution: Execution) -> Finding | None:
         """The rejection, if there is one, with the bins that deviate most."""
@@ -197,7 +197,7 @@ def _same(ways: Sequence[Partition], stored: Sequence[Counts]) -> bool:
     )
 
 
-def _draw(execution: Execution, ledger: _Ledger) -> Finding | None:
+def _draw(execution: Execution, ledger: Ledger) -> Finding | None:
     """Launch until there is enough; returns what is wrong with the launches themselves."""
     rig, device, kernel = execution.rig, execution.device, execution.kernel
     assert kernel.operator.draws is not None
@@ -238,7 +238,6 @@ def _draw(execution: Execution, ledger: _Ledger) -> Finding | None:
                     if done or ledger.rejected:
                         break
             execution.observations.append(staged.observed(returned))
-    ledger.close()
     checks = (outputs_have_the_right_form, inputs_are_intact, buffers_keep_their_bounds)
     return next(filter(None, (check(execution) for check in checks)), None)
 
@@ -249,7 +248,7 @@ def _wait(device: Any) -> bool:
     return True
 
 
-def _tells(ledger: _Ledger, rows: int) -> bool:
+def _tells(ledger: Ledger, rows: int) -> bool:
     """Whether two launches that agree are beyond chance: not if nearly all is in one category."""
     return coincidence(ledger.probabilities, rows) < FROZEN
 
