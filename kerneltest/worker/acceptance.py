@@ -34,10 +34,12 @@ def fitted(value: torch.Tensor, spec: OutputSpec, right: torch.Tensor, misuse: M
         # An answer without numbers, to numbers that are not there.
         value = right if value.is_meta and value.shape == right.shape and value.dtype == right.dtype else value
         return value if value.is_meta else value.to(device.torch_name)
-    if misuse.kind != "shape" or value.dtype != dtype or not value.shape:
+    if misuse.kind != "shape" or value.dtype != dtype:
         return value
     if value.numel() == right.numel():
         return value.reshape(right.shape)  # with one dimension more or less
+    if not value.shape:
+        return value
     if value.shape[1:] == right.shape[1:] and value.shape[0] < right.shape[0]:
         # Fewer rows are answered by fewer rows; the others are nobody's concern.
         return torch.cat([value, right[value.shape[0] :].to(value.device)])
