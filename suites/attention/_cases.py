@@ -53,7 +53,7 @@ SOFTCAPS = (30.0, 50.0, 2.0)
 # No powers of two, and exact in fp32.
 SCALES = (0.375, 1.6875, 0.6875)
 # Keys in a piece of a fixed size.
-PIECES = (64, 256)
+PIECES = (128, 512)
 # Queries times keys of a batch with a mask, at most: a byte each.
 LARGEST_MASK = 1 << 24
 # The options that are a module of their own for some libraries.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,8 @@ def planner(backend: str) -> Callable[[Call], Any]:
             sm_scale=axes.scale,
             q_data_type=getattr(torch, axes.dtype),
             kv_data_type=getattr(torch, axes.kv_format),
-            **plan_options(axes, x),
+            **plan_options(axes),
+            **{parameter: x[tensor] for parameter, tensor in mask_options(axes).items()},
         )
         if call.captured and axes.v_dim != axes.head_dim and hasattr(wrapper, "prewarm_paged_kv_stride_variant"):
             # From 0.7 on K and V of different strides have a module of their own, which is loaded at the first run.
@@ -72,20 +73,22 @@ def planner(backend: str) -> Callable[[Call], Any]:
     return plan
 
 
-def plan_options(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """What ``plan`` is told beside the plain arguments, for the options of a case that are set.
-
-    Of a mask the library packs the bits itself, unless they are packed already.
+def mask_options(axes: PagedPrefill) -> dict[str, str]:
+    """The parameter of ``plan`` that takes a mask, and the input that it is given: the library packs its bits itself,
+    unless they are packed already.
     """
+    if axes.mask == "none":
+        return {}
+    return {"packed_custom_mask": "packed_mask"} if axes.packed_mask else {"custom_mask": "custom_mask"}
+
+
+def plan_options(axes: PagedPrefill) -> dict[str, Any]:
+    """What else ``plan`` is told beside the plain arguments, for the options of a case that are set."""
     options: dict[str, Any] = {}
     if axes.window_left >= 0:
         options["window_left"] = axes.window_left
     if axes.softcap:
         options["logits_soft_cap"] = axes.softcap
-    if axes.packed_mask:
-        options["packed_custom_mask"] = inputs["packed_mask"]
-    elif axes.mask != "none":
-        options["custom_mask"] = inputs["custom_mask"]
     if axes.v_dim != axes.head_dim:
         options["head_dim_vo"] = axes.v_dim
     if axes.fixed_split_size:
@@ -126,8 +129,8 @@ def workspace_bytes(case: Case[PagedPrefill], device: Device) -> int:
     """What a caller must provide so that no plan of this case can run out of workspace, which FlashInfer refuses.
 
     If the planner splits the keys, it keeps an output of ``v_dim`` and its sum in fp32 for every row of every block,
-    for all query heads of a KV head, with ``BLOCKS_PER_SM`` blocks on each SM at most. With pieces of a fixed size there
-    are as many blocks as pieces, and each counts for all query heads.
+    for all query heads of a KV head, with ``BLOCKS_PER_SM`` blocks on each SM at most. With pieces of a fixed size
+    there are as many blocks as pieces, and each counts for all query heads.
     """
     axes = case.axes
     rows = BLOCKS_PER_SM * device.units * MAX_ROWS_OF_A_BLOCK * axes.group
@@ -167,8 +170,8 @@ def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
         return "causal with fewer keys than queries is outside of FlashInfer's contract"
     if (needed := workspace_bytes(case, device)) > LARGEST_WORKSPACE:
         return f"so many pieces of keys need a workspace of {needed >> 20} MiB"
-    options = plan_options(axes, dict.fromkeys(("custom_mask", "packed_mask")))  # type: ignore[arg-type]
-    for method, wanted in (("run", {"out", "lse", "return_lse"}), ("plan", options.keys())):
+    planned = plan_options(axes).keys() | mask_options(axes).keys()
+    for method, wanted in (("run", {"out", "lse", "return_lse"}), ("plan", planned)):
         if missing := wanted - _parameters(method):
             return f"this release's {method}() has no parameter {', '.join(sorted(missing))}"
     return None
@@ -226,7 +229,7 @@ def fa2_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
 def fa3_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
     """The denominator sums P in fp32; P is cast to 16 bits for P·V alone."""
     fmt = FORMATS[case.axes.dtype]
-    return Numerics(qk=WGMMA_16BIT, pv=WGMMA_16BIT, p=fmt, out=fmt, lse_base="2", lse_no_key=NO_KEY_LSE)
+    return Numerics(qk=WGMMA_16BIT, pv=WGMMA_16BIT, p=fmt, out=fmt, unscaled=fmt, lse_base="2", lse_no_key=NO_KEY_LSE)
 
 
 def specialisation(case: Case[PagedPrefill]) -> str:
