@@ -48,9 +48,10 @@ def layer_budget(
 
     ``exact`` inputs make weights, decompressed keys and values, and absorbed queries numbers that need no rounding; the
     latent output is rounded all the same. On ``generic`` inputs each of these roundings is independent noise of no more
-    than u/√3 of its operand, and a sum of such noise stays within Z of its deviations: with a probability of 4e-16 an
-    element is outside of the lesser of both bounds. What rows of a request share (keys and values are rounded once for
-    all of them) makes their noise dependent, so that nothing is said of its energy or direction.
+    than u/√3 of its operand, those of an accumulator have its ``deviation`` and ``bias``, and a sum of such noise stays
+    within Z of its deviations: with a probability of 4e-16 an element is outside of the lesser of both bounds. What
+    rows of a request share (keys and values are rounded once for all of them) makes their noise dependent, so that
+    nothing is said of its energy or direction.
     """
     return _Budget(terms, numerics, dims, tier).budgets()
 
@@ -60,7 +61,7 @@ class _Budget:
         self.terms, self.numerics, self.tier = terms, numerics, tier
         self.attention = numerics.attention
         self.absorbed = numerics.form == "absorbed"
-        self.rank = dims.kv_lora_rank
+        self.rank, self.nope = dims.kv_lora_rank, dims.nope_dim
         self.key_dim = dims.rope_dim + (dims.kv_lora_rank if self.absorbed else dims.nope_dim)
         self.project_score = numerics.project.gamma(dims.nope_dim if self.absorbed else self.rank)
         self.project_value = numerics.project.gamma(self.rank)
@@ -89,6 +90,7 @@ class _Budget:
         score = _Score(self, noisy=noisy)
         u_p, u_v, u_z = self.unless_exact(a.p.u), self.unless_exact(n.value.u), n.latent.u
         gamma_pv, gamma_l = (_each(t.keys, acc.gamma) for acc in (a.pv, a.row_sum))
+        bias_pv, deviation_pv = (_each(t.keys, bound) for bound in (a.pv.bias, a.pv.deviation))
         of_all = (1 + gamma_l + DIVISION) * (1 + a.p.u)
 
         def column(row: torch.Tensor) -> torch.Tensor:
@@ -99,7 +101,9 @@ class _Budget:
         wide_sum = t.wide_out + score.moved(t.wide_out, t.wide_second_out)
         # What a key's share of the output is rounded to, as noise: of P, or of V.
         share = Z * WORST_ROUNDING
-        each = torch.minimum(v_sum, share * column(score.most) * t.square_out.sqrt()) if noisy else v_sum
+        most = column(score.most)
+        each = torch.minimum(v_sum, share * most * t.square_out.sqrt()) if noisy else v_sum
+        bias, deviation = n.project.bias(self.rank), n.project.deviation(self.rank)
         # Where the denominator sums the rounded P, the quotient moves by Σ p δ (v - o).
         rounded = u_p * each
         if a.l_from == "rounded_p":
@@ -107,20 +111,38 @@ class _Budget:
         error = score.out + rounded
         error = error + (FLUSHED + (0.0 if self.tier == "exact" else a.p.eta)) * t.peak_out
         if self.absorbed:
-            latent_error = column(gamma_pv) * (1 + a.p.u) * wide_sum + FLUSHED * (
-                t.wide_peak_out + column(t.keys + 1) * t.weight_out
-            )
+            summed = column(gamma_pv) * wide_sum
+            if noisy:
+                # Partial sums of latents stay within |z| + 3 (Σ p²c²)^½; each channel's errors are its own.
+                walk = (2 * t.latent_noise_out.square() + 18 * most * most * t.latent_square_out).sqrt()
+                summed = torch.minimum(summed, column(bias_pv) * wide_sum + Z * column(deviation_pv) * walk)
+            flushed = FLUSHED * (t.wide_peak_out + column(t.keys + 1) * t.weight_out)
+            latent_error = (1 + a.p.u) * summed + flushed
             if a.partial.t < FP32.t:
                 latent_error = latent_error + a.partial.u * wide_sum + a.partial.eta * t.weight_out
             # Σ |W_UV||z| of the z that the kernel has: its error is that of the sums over latents.
             reached = t.latent_out + score.moved(t.wide_out, t.wide_second_out) + a.p.u * wide_sum + latent_error
             noise_z = torch.minimum(share * t.latent_noise_out + reached - t.latent_out, reached) if noisy else reached
             error = error + latent_error + u_z * noise_z + n.latent.eta * t.weight_out
-            error = error + self.project_value * (1 + n.latent.u) * reached + self.rank * FLUSHED
+            projected = self.project_value * reached
+            if noisy:
+                walk = (t.out.square() + 2 * t.latent_noise_out.square()).sqrt() + reached - t.latent_out
+                projected = torch.minimum(projected, bias * reached + Z * deviation * walk)
+            error = error + (1 + n.latent.u) * projected + self.rank * FLUSHED
         else:
-            made = self.project_value * (1 + n.value.u) * wide_sum
+            made = self.project_value * wide_sum
+            if noisy:
+                made = torch.minimum(made, bias * wide_sum + Z * deviation * most * t.made_out.sqrt())
+            made = (1 + n.value.u) * made
             error = error + u_v * each + made + self.unless_exact(n.value.eta) + self.rank * FLUSHED
-            error = error + column(gamma_pv) * (1 + a.p.u) * ((1 + n.value.u) * v_sum + made)
+            summed = column(gamma_pv) * ((1 + n.value.u) * v_sum + made)
+            if noisy:
+                reach = t.out.abs() + score.out + 3 * most * t.square_out.sqrt()
+                summed = torch.minimum(
+                    summed,
+                    column(bias_pv) * (v_sum + made) + Z * column(deviation_pv) * (1 + n.value.u) * (reach + made),
+                )
+            error = error + (1 + a.p.u) * summed
             error = error + FLUSHED * column(t.keys + 1)
             if a.partial.t < FP32.t:
                 error = error + a.partial.u * v_sum + a.partial.eta
@@ -174,18 +196,33 @@ class _Score:
         self.out = (self._exp_mean * self._g2).unsqueeze(-1) * t.spread_out
         if not noisy:
             return
-        share = Z * WORST_ROUNDING * unit
-        root = torch.minimum(root, rest["root"] + share * (t.query_noise if absorbed else t.key_noise))
+        # What has a direction, linear as before; and the deviations of the rest, which has none.
+        length = budget.nope if absorbed else budget.rank
+        directed, made_noise = (1 + gamma) * (1 + fmt.u) * n.project.bias(length), n.project.deviation(length)
+        straight: dict[str, torch.Tensor] = {
+            which: flat
+            + a.qk.bias(budget.key_dim) * getattr(t.sizes[whole], which)
+            + directed * getattr(t.sizes["projected"], which)
+            for which in rest
+        }
+        noise, walk = (t.query_noise, t.query_walk) if absorbed else (t.key_noise, t.key_walk)
+        added = Z * a.qk.deviation(budget.key_dim) * (t.absorbed_walk if absorbed else t.score_walk)
+
+        def noises(which: str) -> torch.Tensor:
+            rounded: torch.Tensor = getattr(noise, which)
+            made_up: torch.Tensor = getattr(walk, which)
+            return Z * (WORST_ROUNDING * unit * rounded + (1 + gamma) * (1 + fmt.u) * made_noise * made_up)
+
+        root = torch.minimum(root, straight["root"] + added + noises("each"))
         bent = 0.5 * largest.exp() * root
-        linear = rest["mean"] + share * (t.query_noise_row if absorbed else t.key_noise_row)
-        self.nats = torch.minimum(self.nats, linear + bent * root)
+        self.nats = torch.minimum(self.nats, straight["mean"] + added + noises("row") + bent * root)
         if absorbed:
             moved = (growth * root).unsqueeze(-1) * t.spread_out
         else:
-            worst = torch.minimum(largest, rest["largest"] + share * t.key_noise_max)
+            worst = torch.minimum(largest, rest["largest"] + noises("largest"))
             away = t.square_out.sqrt() + t.out.abs() * t.square_row.sqrt().unsqueeze(-1)
-            moved = (share * t.key_noise_max).unsqueeze(-1) * away
-            moved = moved + (rest["root"] + bent * worst).unsqueeze(-1) * t.spread_out
+            moved = noises("largest").unsqueeze(-1) * away
+            moved = moved + (straight["root"] + added + bent * worst).unsqueeze(-1) * t.spread_out
         self.out = torch.minimum(self.out, self._exp_mean.unsqueeze(-1) * moved)
 
     def moved(self, mean_out: torch.Tensor, second_out: torch.Tensor) -> torch.Tensor:

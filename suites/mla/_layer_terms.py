@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -22,6 +23,19 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Noises:
+    """Deviations of scores whose operand has noise: |scale| (Σ x² y²)^½, x that of the operand and y the other side.
+
+    ``each`` [..]: the root of the mean over keys, by p. ``row``: of Σ_j p_j ε_j, which is less where noise is a key's
+    own, or where latents of either sign meet the same query. ``largest``: of the worst key of the request.
+    """
+
+    each: torch.Tensor
+    row: torch.Tensor
+    largest: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTerms:
     """Float64 values of the reference: [total_qo, heads, v_dim] if they end in ``_out``, [total_qo, heads] else.
 
@@ -31,6 +45,9 @@ class LayerTerms:
     * ``decompressed``: |scale| (Σ |q_nope||k_j| + Σ |q_pe||r_j|), ``key``: its first part alone;
     * ``absorbed``: |scale| (Σ_c |W_UKᵀ q_nope||c_j| + Σ |q_pe||r_j|), ``query``: its first part alone;
     * ``projected``: |scale| Σ_d |q_nope_d| |K|_jd, no less than either first part.
+
+    A sum of products x_i y_i in random order is a walk that ends at their sum; (sum² + 2 Σ x²y²)^½ stands for the
+    largest that it has been, as in :mod:`kerneltest.oracle.attention`.
     """
 
     out: torch.Tensor
@@ -51,17 +68,23 @@ class LayerTerms:
     square_row: torch.Tensor  # Σ p²
     query_sum: torch.Tensor  # |scale| Σ |q_nope|
     latent_sum: torch.Tensor  # |scale| max_j Σ_c |c_j|
-    query_noise: torch.Tensor  # |scale| (Σ_c (W_UKᵀ q_nope)_c² Σ_j p c_j²)^½
-    query_noise_row: torch.Tensor  # |scale| (Σ_c (W_UKᵀ q_nope)_c² (Σ_j p c_j)²)^½
-    key_noise: torch.Tensor  # |scale| (Σ_d q_nope_d² Σ_j p k_j²)^½
-    key_noise_row: torch.Tensor  # |scale| (Σ_d q_nope_d² Σ_j p² k_j²)^½
-    key_noise_max: torch.Tensor  # |scale| max_j (Σ_d q_nope_d² k_j²)^½, over all keys of the request
+    query_noise: Noises  # where each channel of q' = W_UKᵀ q_nope is off by as much as it is large
+    query_walk: Noises  # and where it is off by as much as the walk that adds it up
+    key_noise: Noises  # the same of each channel of each key
+    key_walk: Noises
+    score_walk: torch.Tensor  # (Σ p x²)^½ of the walk that adds up a score from k and r
+    absorbed_walk: torch.Tensor  # and from c and r
+    made_out: torch.Tensor  # Σ p² x² of the walk that adds up a value from c
+    latent_square_out: torch.Tensor  # Σ_c W_UV² Σ_j p² c_j²
     sizes: Mapping[str, Sizes]
 
 
-# All fields but the mapping.
-TENSORS = tuple(field.name for field in fields(LayerTerms) if field.name != "sizes")
-SIZES = ("decompressed", "key", "absorbed", "query", "projected")
+GROUPS: dict[str, type[Sizes] | type[Noises]] = {
+    **dict.fromkeys(("decompressed", "key", "absorbed", "query", "projected"), Sizes),
+    **dict.fromkeys(("query_noise", "query_walk", "key_noise", "key_walk"), Noises),
+}
+NOISES = tuple(name for name, group in GROUPS.items() if group is Noises)
+TENSORS = tuple(field.name for field in fields(LayerTerms) if field.name not in (*NOISES, "sizes"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,15 +113,17 @@ def layer_terms(inputs: Mapping[str, torch.Tensor], *, causal: bool, sm_scale: f
 
     tensors = {name: zeros(wide if name == "out" or name.endswith("_out") else wide[:2]) for name in TENSORS}
     tensors["lse"].fill_(float("-inf"))
-    sizes = {name: {field.name: zeros(wide[:2]) for field in fields(Sizes)} for name in SIZES}
+    groups = {name: {field.name: zeros(wide[:2]) for field in fields(group)} for name, group in GROUPS.items()}
     for rows, request in requests(inputs, causal=causal, sm_scale=sm_scale, device=device):
-        found, found_sizes = _terms(request)
+        found, found_groups = _terms(request)
         for name, value in found.items():
             tensors[name][rows] = value.transpose(0, 1)
-        for name, size in found_sizes.items():
-            for part, value in size.items():
-                sizes[name][part][rows] = value.transpose(0, 1)
-    return LayerTerms(**tensors, sizes={name: Sizes(**size) for name, size in sizes.items()})
+        for name, group in found_groups.items():
+            for part, value in group.items():
+                groups[name][part][rows] = value.transpose(0, 1)
+    grouped: dict[str, Any] = {name: group(**groups[name]) for name, group in GROUPS.items()}
+    named: dict[str, Any] = {name: grouped.pop(name) for name in NOISES}
+    return LayerTerms(**tensors, **named, sizes=grouped)
 
 
 def requests(
@@ -125,7 +150,7 @@ def requests(
                 rope=x["kpe_pages"][table].flatten(0, 1)[:keys].double(),
                 w_uk=w_uk,
                 w_uv=w_uv,
-                seen=(key <= last.unsqueeze(-1)).expand(count, keys),
+                seen=(key <= last.unsqueeze(-1)).expand(count, keys).contiguous(),
                 scale=sm_scale,
             ),
         )
@@ -133,6 +158,10 @@ def requests(
 
 def _terms(x: Layer) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
     """By name, [heads, rows] and [heads, rows, v_dim]."""
+
+    def walk(end: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        return end.square() + 2 * steps
+
     scale, q_abs = abs(x.scale), x.q_nope.abs()
     k, v = x.latent @ x.w_uk.mT, x.latent @ x.w_uv.mT  # [heads, keys, ..]
     k_wide, v_wide = x.latent.abs() @ x.w_uk.abs().mT, x.latent.abs() @ x.w_uv.abs().mT
@@ -157,7 +186,10 @@ def _terms(x: Layer) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch
     share = torch.where(alive, 1 / total, 0.0).unsqueeze(-1)
     p = p * share
     out, latent, square = p @ v, p @ x.latent, p.square()
-    of_key = x.q_nope.square() @ k.square().mT  # Σ_d q² k², [heads, rows, keys]
+    latent_square = x.latent.square()
+    # Σ x² y² of what a score adds up, [heads, rows, keys]
+    of_key, of_query = x.q_nope.square() @ k.square().mT, absorbed.square() @ latent_square.T
+    of_rope = x.q_pe.square() @ x.rope.square().T * x.scale**2
     w_abs = x.w_uv.abs()
     some = alive.unsqueeze(-1).double()
     terms = {
@@ -179,13 +211,12 @@ def _terms(x: Layer) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch
         "square_row": square.sum(-1),
         "query_sum": q_abs.sum(-1) * scale * alive,
         "latent_sum": x.latent.abs().sum(-1).amax() * scale * alive.double(),
-        "query_noise": scale * (absorbed.square() * (p @ x.latent.square())).sum(-1).sqrt(),
-        "query_noise_row": scale * torch.linalg.vector_norm(absorbed * latent, dim=-1),
-        "key_noise": scale * (p * of_key).sum(-1).sqrt(),
-        "key_noise_row": scale * (square * of_key).sum(-1).sqrt(),
-        "key_noise_max": scale * of_key.amax(-1).sqrt() * alive,
+        "score_walk": (p * walk(s, of_key * x.scale**2 + of_rope)).sum(-1).sqrt(),
+        "absorbed_walk": (p * walk(s, of_query * x.scale**2 + of_rope)).sum(-1).sqrt(),
+        "made_out": square @ walk(v, latent_square @ x.w_uv.square().mT),
+        "latent_square_out": square @ latent_square @ x.w_uv.square().mT,
     }
-    sizes = {
+    groups = {
         name: {
             "mean": (p * value).sum(-1),
             "root": (p * value.square()).sum(-1).sqrt(),
@@ -193,7 +224,22 @@ def _terms(x: Layer) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch
         }
         for name, value in of_keys.items()
     }
-    return terms, sizes
+    # By what each channel of a key, or of an absorbed query, is off, squared; of every key or row.
+    for name, off in (("key_noise", k.square()), ("key_walk", walk(k, latent_square @ x.w_uk.square().mT))):
+        of_scores = x.q_nope.square() @ off.mT
+        groups[name] = {
+            "each": scale * (p * of_scores).sum(-1).sqrt(),
+            "row": scale * (square * of_scores).sum(-1).sqrt(),
+            "largest": scale * of_scores.amax(-1).sqrt() * alive,
+        }
+    query_walk = walk(absorbed, x.q_nope.square() @ x.w_uk.square())
+    for name, off in (("query_noise", absorbed.square()), ("query_walk", query_walk)):
+        groups[name] = {
+            "each": scale * (off * (p @ latent_square)).sum(-1).sqrt(),
+            "row": scale * (off * latent.square()).sum(-1).sqrt(),
+            "largest": scale * (off @ latent_square.T).amax(-1).sqrt() * alive,
+        }
+    return terms, groups
 
 
 def _spread(p: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
