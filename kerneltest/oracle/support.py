@@ -235,7 +235,7 @@ def check_kept(
         lost &= ~excused
     for wrong, what in (
         (lost, "are missing that the filter keeps"),
-        (kept & ~support.possible, "were kept all the same"),
+        (kept & ~support.possible, "are kept that the filter excludes"),
     ):
         if bool(wrong.any()):
             row, token = (int(i) for i in wrong.nonzero()[0])

@@ -19,6 +19,10 @@ SWITCHES = (32, 256, 1024, 2048, 4096, 8192, 16_384, 32_000, 65_536, 128_256, 15
 # Elements of a case: most are small, so that there can be many of them.
 CELLS = (1 << 18, 1 << 18, 1 << 20, 1 << 24)
 MOST_CELLS = 60_000_000
+# Draws of a case, and the elements that they may read: in a small vocabulary each token comes up many times.
+MOST_DRAWS = 65_536
+READ_BY_DRAWS = 1 << 20
+FEW_TOKENS = 40
 # Input strategies of probabilities and of logits; see :mod:`._inputs`.
 ALL = ("generic", "ties", "near_ties", "masked", "heavy_tail", "peaked", "subnormal", "uniform", "zipf", "dyadic")
 ALL_LOGITS = ("generic", "ties", "masked", "heavy_tail", "peaked", "uniform", "zipf", "dyadic", "subnormal_logits")
@@ -119,25 +123,30 @@ def cases(family: Family) -> Callable[[Size], st.SearchStrategy[Case[Rows]]]:
 
         from kerneltest.strategies import edges
 
+        large = edges(size.vocabulary, *SWITCHES, minimum=2)
+
         @st.composite
         def draw_case(draw: st.DrawFn) -> Case[Rows]:
-            vocabulary = draw(edges(size.vocabulary, *SWITCHES, minimum=2))
+            vocabulary = draw(edges(FEW_TOKENS, 4, minimum=2) if draw(st.booleans()) else large)
             cells = min(draw(st.sampled_from(CELLS)), size.rows * size.vocabulary, MOST_CELLS)
-            rows = draw(edges(max(1, min(size.rows, cells // vocabulary)), 16, 128, minimum=1))
+            most_rows = max(1, min(size.rows, cells // vocabulary))
+            rows = draw(st.one_of(edges(most_rows, 16, 128, minimum=1), st.just(most_rows)))
             more: dict[str, Any] = {"dtype": draw(st.sampled_from(family.dtypes))}
             if "top_k" in family.parameters:
                 more["top_k"] = draw(_top_k(vocabulary))
             for name, (common, least, most) in REAL.items():
                 if name in family.parameters:
-                    more[name] = draw(st.one_of(st.sampled_from(common), st.floats(least, most, width=32)))
+                    usual = st.sampled_from(common)
+                    more[name] = draw(st.one_of(usual, usual, st.floats(least, most, width=32)))
             more["order"] = draw(st.sampled_from(family.orders))
             if family.parameters and family.per_row:
-                more["per_row"] = draw(st.booleans())
+                more["per_row"] = draw(st.sampled_from((False, True, True)))
             if family.draws:
-                # Many draws from few rows: the most that fit, so that what never comes up can show.
-                most = max(rows, min(16 * size.rows + 200, max(cells, 1 << 18) // vocabulary))
-                more["indices"] = draw(st.sampled_from(("", "", "int32", "int64")))
-                more["outputs"] = draw(edges(most, minimum=1)) if more["indices"] else 0
+                # Many draws from few rows, so that what never comes up can show.
+                most = max(rows, min(MOST_DRAWS, max(cells, READ_BY_DRAWS) // vocabulary))
+                more["indices"] = draw(st.sampled_from(("", "int32", "int64")))
+                outputs = st.one_of(st.just(most), st.just(most), edges(most, minimum=1))
+                more["outputs"] = draw(outputs) if more["indices"] else 0
                 more["device_seed"] = draw(st.booleans())
             if family.selects:
                 more["sorted"] = draw(st.booleans())
