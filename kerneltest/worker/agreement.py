@@ -7,6 +7,7 @@ import torch
 from kerneltest.model import ErrorBudget, Finding, Unsupported
 from kerneltest.model.numerics import TYPICAL_ROUNDING, WORST_ROUNDING
 from kerneltest.oracle.rounding import Z, half_ulp
+from kerneltest.worker import device as devices
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.staging import KernelRaised
 
@@ -23,7 +24,11 @@ def agrees_with_its_peer(execution: Execution) -> Finding | None:
         seen = other.observe(other.uniform(other.strategy.patterns[-1]))
         if seen.problem or not all(verdict.ok for verdict in other.judged(seen).values()):
             return None
-    except (Unsupported, KernelRaised):
+    except Unsupported:
+        return None
+    except KernelRaised:
+        if devices.context_is_lost(execution.device):
+            raise  # nobody can go on in this worker; the parent finds out whose fault it was
         return None
     ours = execution.observations[0]
     for name, theirs in other.budgets.items():

@@ -15,6 +15,7 @@ from kerneltest.worker.agreement import agrees_with_its_peer
 from kerneltest.worker.device import open_device
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.rig import Rig
+from kerneltest.worker.staging import KernelRaised
 
 CASE = case((1, 400), head_dim=128, kv_heads=2, group=2)
 WHERE = (0, 1, 17)
@@ -92,3 +93,20 @@ def test_a_log_sum_exp_in_another_base_is_another_number() -> None:
     )
     assert execution(base_2, None).verdicts["lse"].ok
     assert agrees_with_its_peer(execution(answers("here", off=0.0), base_2)) is None
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_peer_that_raises_is_nothing_to_this_kernel_unless_it_took_the_device_with_it(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(call: Call) -> dict[str, torch.Tensor]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("kerneltest.worker.device.context_is_lost", lambda device: lost)
+    there = Kernel(name="there", operator=paged.paged_prefill, launch=launch, numerics=numerics)
+    seen = execution(answers("here", off=0.0), there)
+    if not lost:
+        assert agrees_with_its_peer(seen) is None
+        return
+    with pytest.raises(KernelRaised):
+        agrees_with_its_peer(seen)
