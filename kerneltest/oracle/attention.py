@@ -34,7 +34,7 @@ def attention_budget(
     * rounding p to its format: u_P B1 (exact worst case), and η_P exp(m - lse) Σ|v| below its normal range.
       When the denominator sums the rounded p as well, o moves by Σ p_j δ_j (v_j - o): u_P |o| on top;
     * rounding partial outputs to a format narrower than fp32: u_part Σ_s w_s |o_s| <= u_part B1,
-      and η_part below its normal range;
+      and η_part below its normal range, as often as they are rounded;
     * flushing subnormal numbers to zero: 2^-126 for each key and for the output.
 
     The log-sum-exp is off by Σ p_j ε_j + ω + γ_l(n) + 4u |lse| + 2^-21, and u_P where it sums the rounded p.
@@ -59,7 +59,8 @@ def attention_budget(
             # Both sums are off by u_P at most, so their quotient by u_P / (1 - u_P).
             hard = (hard + numerics.p.u * o) / (1 - numerics.p.u)
     if numerics.partial.t < FP32.t:
-        hard = hard + numerics.partial.u * terms.abs_out + numerics.partial.eta
+        times = numerics.partial_roundings
+        hard = hard + ((1 + numerics.partial.u) ** times - 1) * terms.abs_out + times * numerics.partial.eta
     slack, noise = numerics.slack, None
     scores, weight, gamma_l = row.score_row, row.weight, row.gamma_l
     if tier == "generic":
@@ -155,8 +156,9 @@ def _noise(terms: AttentionTerms, numerics: Numerics, row: _RowNoise, bound: tor
     if numerics.dequant:
         own = own + (TYPICAL_ROUNDING * numerics.dequant.u) ** 2 * terms.square_out
     if numerics.partial.t < FP32.t:
-        own = own + (TYPICAL_ROUNDING * numerics.partial.u) ** 2 * (o.square() + terms.square_out)
-        others = others + numerics.partial.eta
+        each = (TYPICAL_ROUNDING * numerics.partial.u) ** 2 * (o.square() + terms.square_out)
+        own = own + numerics.partial_roundings * each
+        others = others + numerics.partial_roundings * numerics.partial.eta
     # Noise of weights, of which every channel has some: of rounding P, and of scores.
     u_p, score = TYPICAL_ROUNDING * numerics.p.u, row.score
     shared = (u_p * (away if centred else b2)).square() + (score.unsqueeze(-1) * away).square()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import (
     Bounded,
+    Call,
     Case,
     ErrorBudget,
     InputStrategy,
@@ -25,6 +26,8 @@ from kerneltest.model import (
     Variant,
 )
 
+from ._cases import Kind
+from ._checks import require, require_number
 from .paged_prefill import PagedPrefill, Request, paged_prefill
 
 if TYPE_CHECKING:
@@ -51,8 +54,8 @@ OF_SEVERAL_REQUESTS = ("batch_order", "batch_size", "decode")
 class DenseAttention:
     """Axes of a case. ``group`` query heads share a KV head; K and V have ``kv_heads`` heads and no pages.
 
-    ``head_dim_vo``: of V and of the output; None means ``head_dim``, that of q and K. ``sm_scale`` multiplies the
-    scores; None means 1 / √head_dim. The causal mask is aligned at the bottom right.
+    ``layout``: K and V are [tokens, kv_heads, d] ("NHD") or [kv_heads, tokens, d] ("HND"). All else is that of paged
+    prefill.
     """
 
     requests: tuple[Request, ...]
@@ -63,11 +66,12 @@ class DenseAttention:
     causal: bool
     head_dim_vo: int | None = None
     sm_scale: float | None = None
+    window_left: int = -1
+    softcap: float = 0.0
+    layout: str = "NHD"
 
     def __post_init__(self) -> None:
         _ = self.paged  # which refuses what cannot be
-        if self.head_dim_vo is not None and not 1 <= self.head_dim_vo <= self.head_dim:
-            raise ValueError(f"head_dim_vo must be 1 to head_dim = {self.head_dim}, got {self.head_dim_vo}")
 
     @property
     def paged(self) -> PagedPrefill:
@@ -81,7 +85,7 @@ class DenseAttention:
 
     @property
     def v_dim(self) -> int:
-        return self.head_dim if self.head_dim_vo is None else self.head_dim_vo
+        return self.paged.v_dim
 
     @property
     def scale(self) -> float:
@@ -91,7 +95,7 @@ class DenseAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the tensors of a dense operator look: ``k`` [total_kv, kv_heads, d], ``v`` [total_kv, kv_heads, d_v].
+    """How the tensors of a dense operator look, beside those of K and V.
 
     ``batched``: several requests, told apart by int32 ``qo_indptr`` and ``kv_indptr`` [batch + 1]; otherwise there is
     one. ``rows``: whether ``q``, ``out`` and ``lse`` have a leading dimension of queries, or belong to a single one.
@@ -101,17 +105,12 @@ class Layout:
     rows: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """What the cases of an operator are specialised for: dtype, head dimension of q and K, and of V if another."""
-
-    dtype: str
-    head_dim: int
-    head_dim_vo: int | None = None
-
-
-def dense_operator(name: str, layout: Layout, kinds: Sequence[Kind], relations: Sequence[str] = RELATIONS) -> Operator:
-    """An operator of that name. ``kinds``: each is drawn as often as it is named; the first is the simplest."""
+def dense_operator(
+    name: str, layout: Layout, kinds: Mapping[Kind, int] | None = None, relations: Sequence[str] = RELATIONS
+) -> Operator:
+    """An operator of that name. ``kinds``: how often each is drawn, and then without any option that needs a module of
+    its own; None: kinds and options are those of paged prefill.
+    """
 
     def cases(size: Size) -> st.SearchStrategy[Case[DenseAttention]]:
         return _cases(name, layout, kinds, relations, size)
@@ -136,14 +135,9 @@ def dense_operator(name: str, layout: Layout, kinds: Sequence[Kind], relations: 
         return f"head {index[0]}" if output == "lse" else f"head {index[0]}, dim {index[1]}"
 
     def simpler(case: Case[DenseAttention]) -> Iterator[Case[DenseAttention]]:
-        simplest = kinds[0]
-        kind = {name: getattr(simplest, name) for name in ("dtype", "head_dim", "head_dim_vo")}
-        if any(getattr(case.axes, name) != value for name, value in kind.items()):
-            yield replace(case, axes=replace(case.axes, **kind))
         seen = {case}
         for other in paged_prefill.simpler(paged_case(case)):
-            axes = replace(other.axes, head_dim=case.axes.head_dim, dtype=case.axes.dtype)
-            dense = _from_paged(case, replace(other, axes=axes))
+            dense = _from_paged(case, other)
             # A step that changes what only pages have is none.
             if dense not in seen:
                 seen.add(dense)
@@ -151,7 +145,9 @@ def dense_operator(name: str, layout: Layout, kinds: Sequence[Kind], relations: 
 
     def captures(case: Case[DenseAttention]) -> st.SearchStrategy[Case[DenseAttention]]:
         assert paged_prefill.captures is not None, "paged_prefill says what a graph of it may be captured with"
-        return paged_prefill.captures(paged_case(case)).map(lambda other: _from_paged(case, other))
+        longer = paged_prefill.captures(paged_case(case)).map(lambda other: _from_paged(case, other))
+        # Of K and V in the layout HND it is not the leading dimension that grows.
+        return longer if case.axes.layout == "NHD" else longer.map(lambda other: _with_keys_of(case, other))
 
     def explain(case: Case[DenseAttention], inputs: Tensors, outputs: Tensors) -> str | None:
         if case.axes.v_dim != case.axes.head_dim:
@@ -197,11 +193,20 @@ def _from_paged(like: Case[DenseAttention], case: Case[PagedPrefill]) -> Case[De
     return replace(like, axes=axes, inputs=case.inputs, seed=case.seed, relation=case.relation)
 
 
+def _with_keys_of(case: Case[DenseAttention], other: Case[DenseAttention]) -> Case[DenseAttention]:
+    requests = tuple(
+        replace(longer, kv_len=own.kv_len) for own, longer in zip(case.axes.requests, other.axes.requests, strict=True)
+    )
+    return replace(other, axes=replace(other.axes, requests=requests))
+
+
 def pages(case: Case[DenseAttention], inputs: Tensors) -> dict[str, torch.Tensor]:
     """The inputs as those of ``paged_prefill``: views, on the device where they are."""
     import torch
 
-    requests, k = case.axes.requests, inputs["k"]
+    requests, hnd = case.axes.requests, case.axes.layout == "HND"
+    # [tokens, 1, kv_heads, d], and [tokens, kv_heads, 1, d] in the layout HND
+    k, v = (inputs[name].transpose(0, 1).unsqueeze(2) if hnd else inputs[name].unsqueeze(1) for name in ("k", "v"))
 
     def indptr(lengths: list[int]) -> torch.Tensor:
         return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(k.device, torch.int32)
@@ -209,8 +214,8 @@ def pages(case: Case[DenseAttention], inputs: Tensors) -> dict[str, torch.Tensor
     keys = [request.kv_len for request in requests]
     return {
         "q": inputs["q"] if inputs["q"].dim() == 3 else inputs["q"].unsqueeze(0),
-        "k_pages": k.unsqueeze(1),
-        "v_pages": inputs["v"].unsqueeze(1),
+        "k_pages": k,
+        "v_pages": v,
         "qo_indptr": indptr([request.qo_len for request in requests]),
         "kv_indptr": indptr(keys),
         "kv_indices": torch.arange(len(k), dtype=torch.int32, device=k.device),
@@ -221,9 +226,10 @@ def pages(case: Case[DenseAttention], inputs: Tensors) -> dict[str, torch.Tensor
 def unpaged(case: Case[DenseAttention], layout: Layout, inputs: Tensors) -> Materials:
     """The tensors of ``paged_prefill`` with pages of one token as those of a dense operator: keys in order."""
     axes, order = case.axes, inputs["kv_indices"].long()
-    k, v = (inputs[name][order, 0] for name in ("k_pages", "v_pages"))
+    k, v = (inputs[name][order] for name in ("k_pages", "v_pages"))
+    k, v = (x.squeeze(2).transpose(0, 1) if axes.layout == "HND" else x.squeeze(1) for x in (k, v))
     q = inputs["q"] if layout.rows else inputs["q"].squeeze(0)
-    tensors = {"q": q, "k": k, "v": v[..., : axes.v_dim].contiguous()}
+    tensors = {"q": q, "k": k.contiguous(), "v": v.contiguous()}
     if layout.batched:
         tensors |= {name: inputs[name] for name in ("qo_indptr", "kv_indptr")}
     return Materials(
@@ -236,6 +242,36 @@ def unpaged(case: Case[DenseAttention], layout: Layout, inputs: Tensors) -> Mate
     )
 
 
+def check_dense(call: Call) -> None:
+    """What a kernel of ours checks of a call: shapes, dtypes and devices, and that the scale is a number.
+
+    Raises ValueError or TypeError that names the first tensor that is wrong. What integers hold is not looked at.
+    """
+    import torch
+
+    axes: DenseAttention = call.case.axes
+    tokens = sum(request.kv_len for request in axes.requests)
+    rows = () if call.case.operator == "single_decode" else (axes.paged.total_qo,)
+    batch = len(axes.requests)
+
+    def keys(dim: int) -> tuple[int, int, int]:
+        return (axes.kv_heads, tokens, dim) if axes.layout == "HND" else (tokens, axes.kv_heads, dim)
+
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (*rows, axes.q_heads, axes.head_dim),
+        "k": keys(axes.head_dim),
+        "v": keys(axes.v_dim),
+        "qo_indptr": (batch + 1,),
+        "kv_indptr": (batch + 1,),
+        "out": (*rows, axes.q_heads, axes.v_dim),
+        "lse": (*rows, axes.q_heads),
+    }
+    dtypes = dict.fromkeys(shapes, getattr(torch, axes.dtype))
+    dtypes |= {"lse": torch.float32, "qo_indptr": torch.int32, "kv_indptr": torch.int32}
+    require({**call.inputs, **call.outputs}, shapes, dtypes)
+    require_number("sm_scale", axes.scale)
+
+
 def _check(case: Case[DenseAttention], layout: Layout) -> None:
     if not layout.batched and len(case.axes.requests) != 1:
         raise ValueError(f"{case.operator} has one request, got {len(case.axes.requests)}")
@@ -244,33 +280,30 @@ def _check(case: Case[DenseAttention], layout: Layout) -> None:
 
 
 def _cases(
-    name: str, layout: Layout, kinds: Sequence[Kind], relations: Sequence[str], size: Size
+    name: str, layout: Layout, kinds: Mapping[Kind, int] | None, relations: Sequence[str], size: Size
 ) -> st.SearchStrategy[Case[DenseAttention]]:
     """Cases of ``paged_prefill`` without what only pages have; of a single request, the first that asks something."""
     from hypothesis import strategies as st
 
-    def build(drawn: Case[PagedPrefill], kind: Kind) -> Case[DenseAttention]:
-        requests, causal = drawn.axes.requests, drawn.axes.causal
+    def build(drawn: Case[PagedPrefill], kind: Kind | None) -> Case[DenseAttention]:
+        given: dict[str, Any] = {
+            field.name: getattr(drawn.axes, field.name)
+            for field in fields(DenseAttention)
+            if field.name in PagedPrefill.__dataclass_fields__
+        }
+        if kind:
+            given |= {"window_left": -1, "softcap": 0.0}
+            given |= {"dtype": kind.dtype, "head_dim": kind.head_dim, "head_dim_vo": kind.head_dim_vo}
         if not layout.batched:
-            requests = (next(request for request in requests if request.qo_len),)
+            given["requests"] = (next(request for request in drawn.axes.requests if request.qo_len),)
         if not layout.rows:
-            requests, causal = (replace(requests[0], qo_len=1),), False
-        axes = DenseAttention(
-            requests=requests,
-            dtype=kind.dtype,
-            head_dim=kind.head_dim,
-            head_dim_vo=kind.head_dim_vo,
-            kv_heads=drawn.axes.kv_heads,
-            group=drawn.axes.group,
-            causal=causal,
-            sm_scale=drawn.axes.sm_scale,
-        )
-        case = Case(operator=name, axes=axes, inputs=drawn.inputs, seed=drawn.seed)
-        relation = drawn.relation
-        applies = relation in relations and paged_prefill.relation(relation).applies(paged_case(case))
-        return replace(case, relation=relation) if applies else case
+            given |= {"requests": (replace(given["requests"][0], qo_len=1),), "causal": False}
+        case = Case(operator=name, axes=DenseAttention(**given), inputs=drawn.inputs, seed=drawn.seed)
+        applies = drawn.relation in relations and paged_prefill.relation(drawn.relation).applies(paged_case(case))
+        return replace(case, relation=drawn.relation) if applies else case
 
-    return st.builds(build, paged_prefill.cases(size), st.sampled_from(list(kinds)))
+    weighted = [kind for kind, weight in kinds.items() for _ in range(weight)] if kinds else [None]
+    return st.builds(build, paged_prefill.cases(size), st.sampled_from(weighted))
 
 
 def _relation(base: Relation, layout: Layout) -> Relation:

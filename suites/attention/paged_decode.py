@@ -7,11 +7,12 @@ keys has out = 0 and lse = -Inf.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, Size
 
+from ._cases import COMMON, COMPILED, Kind
 from .paged_prefill import PagedPrefill, Request, paged_prefill
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ RELATIONS = (
     "key_permutation",
     "duplicate_keys",
 )
-# (dtype, head_dim), as often as each is drawn: every one is another module to compile.
-KINDS = (*[("bfloat16", 128)] * 8, ("bfloat16", 64), ("float16", 128))
+# Each is another module to compile for some libraries, and so is each option.
+KINDS = {COMMON: 8, Kind(dtype="float16", head_dim=64): 1, Kind(dtype="float32", head_dim=64): 2}
+# What only a prefill has, and the one fp8 format that is enough for a decode.
+NEVER = {"causal": False, "mask": "none", "packed_mask": False, "head_dim_vo": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,34 +43,54 @@ class PagedDecode(PagedPrefill):
 
     def __post_init__(self) -> None:
         PagedPrefill.__post_init__(self)
-        if self.causal or any(request.qo_len != 1 for request in self.requests):
-            raise ValueError("each request of a decode has one query, and no causal mask")
+        if any(request.qo_len != 1 for request in self.requests):
+            raise ValueError("each request of a decode has one query")
+        for name, value in NEVER.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"a decode has no {name}")
+
+
+PLAIN = PagedDecode(
+    requests=(Request(qo_len=1, kv_len=1),),
+    dtype=COMMON.dtype,
+    head_dim=COMMON.head_dim,
+    kv_heads=1,
+    group=1,
+    page_size=1,
+    causal=False,
+    shuffled=False,
+    spare_pages=0,
+)
 
 
 def cases(size: Size) -> st.SearchStrategy[Case[PagedDecode]]:
     """Those of ``paged_prefill`` with one query for each request."""
     from hypothesis import strategies as st
 
-    def build(drawn: Case[PagedPrefill], kind: tuple[str, int]) -> Case[PagedDecode]:
-        axes: dict[str, Any] = {name: getattr(drawn.axes, name) for name in PagedPrefill.__dataclass_fields__}
-        axes |= {
-            "requests": tuple(Request(qo_len=1, kv_len=request.kv_len) for request in drawn.axes.requests),
-            "causal": False,
-            "dtype": kind[0],
-            "head_dim": kind[1],
-        }
-        case = Case(operator="paged_decode", axes=PagedDecode(**axes), inputs=drawn.inputs, seed=drawn.seed)
+    def build(drawn: Case[PagedPrefill], kind: Kind) -> Case[PagedDecode]:
+        given: dict[str, Any] = {field.name: getattr(drawn.axes, field.name) for field in fields(PagedPrefill)} | NEVER
+        given["requests"] = tuple(replace(request, qo_len=1) for request in drawn.axes.requests)
+        given |= {"dtype": kind.dtype, "head_dim": kind.head_dim}
+        if given["kv_dtype"] != "same":
+            given["kv_dtype"] = "float8_e4m3fn"
+        # One such option at a time, and that with the common kind alone.
+        options = [name for name in COMPILED if given[name] != getattr(PLAIN, name)]
+        if options:
+            given |= {"dtype": COMMON.dtype, "head_dim": COMMON.head_dim}
+            given |= {name: getattr(PLAIN, name) for name in options[1:]}
+        if given["kv_dtype"] == "same":
+            given |= {"k_scale": 1.0, "v_scale": 1.0}
+        case = Case(operator="paged_decode", axes=PagedDecode(**given), inputs=drawn.inputs, seed=drawn.seed)
         applies = drawn.relation in RELATIONS and paged_prefill.relation(drawn.relation).applies(case)
         return replace(case, relation=drawn.relation) if applies else case
 
-    return st.builds(build, paged_prefill.cases(size), st.sampled_from(KINDS))
+    weighted = [kind for kind, weight in KINDS.items() for _ in range(weight)]
+    return st.builds(build, paged_prefill.cases(size), st.sampled_from(weighted))
 
 
 def simpler(case: Case[PagedDecode]) -> Iterator[Case[PagedDecode]]:
-    """Those of paged prefill that still are a decode."""
-    for other in paged_prefill.simpler(case):
-        if not other.axes.causal and all(request.qo_len == 1 for request in other.axes.requests):
-            yield other
+    """Those of paged prefill: none of its steps has more queries, or an option that there was not."""
+    yield from paged_prefill.simpler(case)
 
 
 def captures(case: Case[PagedDecode]) -> st.SearchStrategy[Case[PagedDecode]]:

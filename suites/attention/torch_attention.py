@@ -1,15 +1,17 @@
-"""Torch's kernels for attention beside paged prefill: float32 step by step, and ``scaled_dot_product_attention``."""
+"""Torch's kernels of paged prefill put to other uses: keys without pages are pages of one token, a decode a prefill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kerneltest.model import FORMATS, FP32, IEEE_FP32, Call, Case, Device, Kernel, Numerics, Operator
+from kerneltest.model import Call, Case, Device, Kernel, LaunchContract, Operator
+from kerneltest.model.numerics import Arithmetic
 
-from . import torch_sdpa
-from ._dense import paged_case, pages
+from . import torch_eager, torch_sdpa
+from ._checks import check_paged, require_within
+from ._dense import check_dense, paged_case, pages
 from .paged_decode import paged_decode
 from .ragged_prefill import ragged_prefill
 from .single_decode import single_decode
@@ -18,83 +20,63 @@ from .single_prefill import single_prefill
 if TYPE_CHECKING:
     import torch
 
-    from ._torch_attention import Part
+TRUSTED = dict.fromkeys(
+    ("index out of range", "indptr", "value out of range"),
+    "values in the device's memory are not read back, which would mean to wait for it",
+)
 
-Launch = Callable[[Call], Mapping[str, "torch.Tensor"]]
-# More keys than any request has: there is one softmax over all of them, and no rescale.
-ALL_KEYS = 1 << 24
 
-
-def stepwise(parts: str) -> Launch:
-    """A launch of the float32 steps; ``parts`` names the function that takes the inputs apart."""
+def through_pages(kernel: Kernel, operator: Operator) -> Kernel:
+    """A kernel of paged prefill on keys without pages: tensors are viewed as pages of one token, in order."""
 
     def launch(call: Call) -> Mapping[str, torch.Tensor]:
-        from . import _torch_attention
+        check_dense(call)
+        outputs = {name: _with_rows(value, name) for name, value in call.outputs.items()}
+        inner = replace(call, case=paged_case(call.case), inputs=pages(call.case, call.inputs), outputs=outputs)
+        found = kernel.launch(inner)
+        return {name: value.view(call.outputs[name].shape) for name, value in found.items()}
 
-        take_apart: Callable[..., Iterable[Part]] = getattr(_torch_attention, parts)
-        out, lse = call.outputs["out"], call.outputs["lse"]
-        if out.dim() == 2:  # of a single query
-            out, lse = out.unsqueeze(0), lse.unsqueeze(0)
-        for part in take_apart(call.case.axes, call.inputs):
-            result, sums = _torch_attention.attend(part, call.case.axes.scale)
-            out[part.rows], lse[part.rows] = result.to(out.dtype), sums
-        return call.outputs
+    def numerics(case: Case[Any], device: Device) -> Arithmetic:
+        return kernel.numerics(paged_case(case), device)
 
-    return launch
+    def unsupported(case: Case[Any], device: Device) -> str | None:
+        return kernel.unsupported(paged_case(case), device)
 
-
-def numerics(case: Case[Any], device: Device) -> Numerics:
-    """Everything in fp32, rounded once; cuBLAS does so too, unless it is told that it may use TF32."""
-    return Numerics(qk=IEEE_FP32, pv=IEEE_FP32, p=FP32, out=FORMATS[case.axes.dtype], tile=ALL_KEYS, lse_base="e")
-
-
-def sdpa(call: Call) -> Mapping[str, torch.Tensor]:
-    """What torch_sdpa does with pages, of one token each."""
-    inner = replace(call, case=paged_case(call.case), inputs=pages(call.case, call.inputs))
-    out = torch_sdpa.launch(inner)["out"]
-    return {"out": out if call.outputs["out"].dim() == 3 else out.squeeze(0)}
-
-
-def sdpa_numerics(case: Case[Any], device: Device) -> Numerics:
-    return torch_sdpa.numerics(paged_case(case), device)
-
-
-def sdpa_unsupported(case: Case[Any], device: Device) -> str | None:
-    if case.axes.v_dim != case.axes.head_dim and device.kind == "cpu":
-        return "on a CPU the flash kernel of scaled_dot_product_attention has one head dimension for K and V"
-    return torch_sdpa.unsupported(paged_case(case), device)
-
-
-def _stepwise(operator: Operator, parts: str) -> Kernel:
+    names = {relation.name for relation in operator.relations}
     return Kernel(
-        name=f"torch.{operator.name}[stepwise]",
+        name=kernel.name.replace("paged_prefill", operator.name),
         operator=operator,
-        launch=stepwise(parts),
+        launch=launch,
         numerics=numerics,
-        # torch's matrix products choose their blocks by shape and alignment.
-        inexact={
-            name: "the sums of a matrix product depend on the shapes and the alignment of its operands"
-            for name in ("head_permutation", "page_permutation")
-            if any(relation.name == name for relation in operator.relations)
-        },
+        unsupported=unsupported,
+        inexact={name: reason for name, reason in kernel.inexact.items() if name in names},
+        contract=LaunchContract(trusts=TRUSTED),
+        returns=kernel.returns,
     )
 
 
-def _sdpa(operator: Operator) -> Kernel:
-    return Kernel(
-        name=f"torch.{operator.name}[sdpa]",
-        operator=operator,
-        launch=sdpa,
-        numerics=sdpa_numerics,
-        unsupported=sdpa_unsupported,
-        inexact=torch_sdpa.sdpa.inexact,
-        returns=("out",),
-    )
+def _with_rows(value: torch.Tensor, name: str) -> torch.Tensor:
+    """An output of a single query, with a dimension for it."""
+    return value if value.dim() == (2 if name == "lse" else 3) else value.unsqueeze(0)
 
 
-ragged_stepwise = _stepwise(ragged_prefill, "dense_parts")
-single_prefill_stepwise = _stepwise(single_prefill, "dense_parts")
-single_decode_stepwise = _stepwise(single_decode, "dense_parts")
-paged_decode_stepwise = _stepwise(paged_decode, "paged_parts")
-ragged_sdpa = _sdpa(ragged_prefill)
-single_prefill_sdpa = _sdpa(single_prefill)
+def decode(call: Call) -> Mapping[str, torch.Tensor]:
+    """A decode is a prefill of one query for each request."""
+    check_paged(call, *call.inputs, *call.outputs)
+    require_within("kv_indices", call.inputs["kv_indices"], call.inputs["k_pages"].shape[0])
+    return torch_eager.launch(call)
+
+
+ragged_eager = through_pages(torch_eager.eager, ragged_prefill)
+ragged_sdpa = through_pages(torch_sdpa.sdpa, ragged_prefill)
+single_prefill_eager = through_pages(torch_eager.eager, single_prefill)
+single_prefill_sdpa = through_pages(torch_sdpa.sdpa, single_prefill)
+single_decode_eager = through_pages(torch_eager.eager, single_decode)
+paged_decode_eager = Kernel(
+    name="torch.paged_decode[eager]",
+    operator=paged_decode,
+    launch=decode,
+    numerics=torch_eager.numerics,
+    inexact=torch_eager.eager.inexact,
+    contract=LaunchContract(trusts=TRUSTED),
+)
