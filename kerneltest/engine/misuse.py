@@ -16,6 +16,7 @@ from kerneltest.engine.profile import Profile
 from kerneltest.model import (
     Case,
     CaseRecord,
+    Device,
     Finding,
     Guard,
     Misuse,
@@ -64,6 +65,12 @@ class _Hunt:
     known: int = 0
     late: int = 0
 
+    @property
+    def device(self) -> Device:
+        device = self.runner.started.device
+        assert device is not None, "the caller checks that the worker has a device"
+        return device
+
     def ask(self, case: Case[Any], misuse: Bad, patience: float = 1.0) -> Outcome:
         """Run a case that something is wrong with, or list what can be; in ``patience`` times its deadline."""
         outcome = self.runner.run(
@@ -82,16 +89,14 @@ class _Hunt:
     def _deadline(self, misuse: Bad) -> float:
         if misuse == "list":
             return self.profile.deadline
-        device = self.runner.started.device
         if misuse.kind in OF_FORM:
-            compiler = device is not None and device.kind == "cuda"
+            compiler = self.device.kind == "cuda"
             return min(self.profile.cold_deadline, COMPILER_PATIENCE) if compiler else self.profile.deadline
         return min(self.profile.deadline, max(PATIENCE, 10 * self.slowest))
 
     def cases(self, seed_value: int) -> dict[Case[Any], tuple[Misuse, ...]]:
         """Small cases that are right, simplest first, then those that add most; with what can be wrong with each."""
         kernel, started, wanted = self.target.kernel, self.runner.started, self.profile.misused
-        assert started.device is not None, "the caller checks that the worker has a device"
         asked: dict[Case[Any], tuple[Misuse, ...]] = {}
         modules: set[str] = set()
 
@@ -107,7 +112,7 @@ class _Hunt:
                 modules.add(module)
 
         guard = Guard.NONE if started.no_guards else Guard.AFTER
-        cases = kernel.operator.cases(_small(self.profile.size(started.device)))
+        cases = kernel.operator.cases(_small(self.profile.size(self.device)))
         draw(
             cases.map(lambda case: replace(case, relation="", guard=guard)),
             collect,
@@ -122,7 +127,8 @@ class _Hunt:
             if chosen:
                 best = max(left, key=lambda case: sum(misuse.name not in covered for misuse in asked[case]))
             left.remove(best)
-            chosen[best] = asked[best]
+            # What no case before had comes first, should time run out.
+            chosen[best] = tuple(sorted(asked[best], key=lambda misuse: misuse.name in covered))
             covered |= {misuse.name for misuse in asked[best]}
         self.chosen_at = time.monotonic()
         return chosen
@@ -133,7 +139,7 @@ class _Hunt:
             self.trusted[misuse.kind] += 1
         elif misuse.key in self.found:
             self.known += 1
-        elif time.monotonic() - self.chosen_at > self.profile.misuse_seconds:
+        elif time.monotonic() - self.chosen_at > self.profile.misuse_seconds(self.device):
             self.late += 1
         else:
             self.run(Misused(case=case, misuse=misuse), confirmations=1)
@@ -193,7 +199,7 @@ class _Hunt:
             for kind, number in sorted(self.trusted.items())
         ]
         if self.late:
-            why = f"{self.profile.misuse_seconds:g} s were over"
+            why = f"{self.profile.misuse_seconds(self.device):g} s were over"
             unchecked.append(Unchecked(what=f"{kernel.name}: bad input, {_calls(self.late)} more", why=why))
         found = tuple(self.found.values())
         return MisuseTrail(

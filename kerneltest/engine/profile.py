@@ -17,7 +17,8 @@ class Profile:
     since what runs before a launch matters, and each module has to be compiled; ``every_pair``: whether every launch
     has to run before every kernel, and every kind of step behind every other. ``compiles``: how many specialisations of
     a kernel may be compiled in all, the first that are drawn (None: any number). ``misused``: how many small cases of a
-    kernel are called wrongly in every way there is; ``misuse_seconds``: the time after which no other way is begun.
+    kernel are called wrongly in every way there is; ``cpu_misuse_seconds``, ``cuda_misuse_seconds``: the time after
+    which no other way is begun.
     ``cpu_draws``, ``cuda_draws``: of each distribution that a sampler is tried with, in ``draw_seconds`` at most.
     """
 
@@ -34,8 +35,9 @@ class Profile:
     modules: int = 1
     every_pair: bool = False
     compiles: int | None = None
-    misused: int = 3
-    misuse_seconds: float = 60.0
+    misused: int = 2
+    cpu_misuse_seconds: float = 15.0
+    cuda_misuse_seconds: float = 60.0
     cpu_draws: int = 200_000
     cuda_draws: int = 4_000_000
     draw_seconds: float = 20.0
@@ -48,6 +50,9 @@ class Profile:
 
     def sequences(self, device: Device) -> int:
         return self.cuda_sequences if device.kind == "cuda" else self.cpu_sequences
+
+    def misuse_seconds(self, device: Device) -> float:
+        return self.cuda_misuse_seconds if device.kind == "cuda" else self.cpu_misuse_seconds
 
 
 PROFILES = {
@@ -63,7 +68,8 @@ PROFILES = {
             cuda_sequences=40,
             victims=6,
             misused=1,
-            misuse_seconds=10.0,
+            cpu_misuse_seconds=10.0,
+            cuda_misuse_seconds=30.0,
             cpu_draws=20_000,
             cuda_draws=1_000_000,
             draw_seconds=5.0,
@@ -85,7 +91,8 @@ PROFILES = {
             cuda_sequences=2000,
             victims=100,
             misused=8,
-            misuse_seconds=600.0,
+            cpu_misuse_seconds=300.0,
+            cuda_misuse_seconds=300.0,
             cpu_draws=8_000_000,
             cuda_draws=20_000_000,
             draw_seconds=120.0,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kerneltest.model import FORMATS, FP32, IEEE_FP32, Call, Case, Device, Kernel, Numerics
 
+from ._checks import check_paged, require_within
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 # More keys than any request has: there is one softmax over all of them, and no rescale.
 ALL_KEYS = 1 << 24
+# Lengths are those of the axes.
+READ = ("q", "k_pages", "v_pages", "kv_indices", "custom_mask", "packed_mask", "mask_indptr")
 # Relative error of torch's tanh in fp32: two units in the last place of a result, by CUDA's table of accuracy; torch's
 # CPU kernel is SLEEF's, of one.
 TANH = 2.0**-22
@@ -23,6 +26,8 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     from . import _eager
 
     axes, outputs = call.case.axes, call.outputs
+    check_paged(call, *READ, *outputs)
+    require_within("kv_indices", call.inputs["kv_indices"], call.inputs["k_pages"].shape[0])
     for part in _eager.parts(axes, call.inputs):
         out, lse = _eager.attend(part, axes.scale)
         outputs["out"][part.rows] = out.to(outputs["out"].dtype)

@@ -535,7 +535,7 @@ def test_what_is_trusted_is_not_run_and_listed_with_its_reason() -> None:
 
 
 def test_what_there_was_no_time_for_is_listed() -> None:
-    trail = hunt_misuse(target(), Rule(lambda case, misuse: RAISED), replace(PROFILE, misuse_seconds=-1.0), 1)
+    trail = hunt_misuse(target(), Rule(lambda case, misuse: RAISED), replace(PROFILE, cpu_misuse_seconds=-1.0), 1)
     assert trail.cases == ()
     assert [unchecked.what for unchecked in trail.unchecked] == ["pick: bad input, 12 calls more"]
 
