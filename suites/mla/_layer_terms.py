@@ -122,8 +122,8 @@ def layer_terms(inputs: Mapping[str, torch.Tensor], *, causal: bool, sm_scale: f
             for part, value in group.items():
                 groups[name][part][rows] = value.transpose(0, 1)
     grouped: dict[str, Any] = {name: group(**groups[name]) for name, group in GROUPS.items()}
-    named: dict[str, Any] = {name: grouped.pop(name) for name in NOISES}
-    return LayerTerms(**tensors, **named, sizes=grouped)
+    named: dict[str, Any] = {**tensors, **{name: grouped.pop(name) for name in NOISES}}
+    return LayerTerms(**named, sizes=grouped)
 
 
 def requests(
