@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kerneltest.engine.evidence import LIMIT, Store, nothing_yet
+from kerneltest.engine.evidence import ALPHA, LIMIT, Store, nothing_yet
 from kerneltest.engine.hunt import Caught, Target, Trail
 from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
@@ -92,7 +92,7 @@ class _Hunt:
                     drawn=seen.draws - before.draws,
                     draws=seen.draws,
                     log10_e=seen.log10_e if math.isfinite(seen.log10_e) else None,
-                    limit=LIMIT / math.log(10),
+                    limit=-math.log10(ALPHA),
                     detectable=seen.detectable,
                 )
             )

@@ -137,7 +137,8 @@ class Ledger:
         )
         least = self.evidence.detectable
         if not self.rejected:
-            each = (detectable(way.probabilities, int(counts.sum()), among=len(pairs)) for way, counts in pairs)
+            alpha = math.exp(-self.series.limit)
+            each = (detectable(way.probabilities, int(x.sum()), alpha, among=len(pairs)) for way, x in pairs)
             least = max(each, default=1.0)
         return replace(self.evidence, partitions=counted, detectable=least)
 

@@ -14,6 +14,7 @@ from attention_cases import case, paged
 from kerneltest.engine import evidence as stored
 from kerneltest.engine.evidence import ALPHA, MOST, BadEvidence, Store, nothing_yet
 from kerneltest.model import Counts, DecodeError, Device, Evidence, Kernel, Started, decode, encode
+from kerneltest.oracle.eprocess import ALPHA as oracle_alpha
 
 SEEN = Evidence(
     kernel="lib.top_p[fp16]",
@@ -54,6 +55,7 @@ def test_e_is_infinite_after_an_impossible_draw() -> None:
 
 def test_all_false_alarms_together_are_one_in_a_million() -> None:
     assert MOST * ALPHA <= 1e-6 * (1 + 1e-12)
+    assert oracle_alpha == ALPHA
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
