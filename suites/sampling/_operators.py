@@ -82,6 +82,7 @@ def sampler(family: Family, portfolio: Portfolio, *, logits: bool = False) -> Op
         budget=no_budget,
         locate=locate,
         simpler=simpler(family),
+        addresses={"indices": "logits" if logits else "probs"},
         certified=("tokens",),
         certify=certifier("certify_tokens", logits=logits),
         draws=Draws(cases=portfolio, probabilities=probabilities, categories=categories),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kerneltest.model import SUM_FP32, Call, Case, Device, Kernel, LaunchContract
 
 from ._axes import Rows
+from ._checks import checked
 from ._semantics import Semantics
 from .softmax import softmax
 from .unfiltered import sampling_from_logits, sampling_from_probs
@@ -50,19 +51,19 @@ def semantics(case: Case[Rows], device: Device) -> Semantics:
 torch_softmax = Kernel(
     name="torch.softmax",
     operator=softmax,
-    launch=launch_softmax,
+    launch=checked(launch_softmax),
     numerics=softmax_numerics,
     contract=LaunchContract(captured="values"),
 )
 from_probs = Kernel(
     name="torch.sampling_from_probs[multinomial]",
     operator=sampling_from_probs,
-    launch=launch_sampling,
+    launch=checked(launch_sampling),
     numerics=semantics,
 )
 from_logits = Kernel(
     name="torch.sampling_from_logits[multinomial]",
     operator=sampling_from_logits,
-    launch=launch_sampling,
+    launch=checked(launch_sampling),
     numerics=semantics,
 )

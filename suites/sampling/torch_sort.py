@@ -7,12 +7,12 @@ go by index, so that a group of them is cut where p or k says.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import FORMATS, AccModel, Call, Case, Device, Kernel, LaunchContract, Operator
 
 from ._axes import Rows
+from ._checks import checked
 from ._semantics import Semantics
 from .filtered import (
     min_p_sampling,
@@ -120,15 +120,16 @@ def mask(call: Call) -> dict[str, torch.Tensor]:
     return {"masked_logits": logits.masked_fill(~f.top_k(logits, f.parameter(call, "top_k", torch.int64)), -torch.inf)}
 
 
-def select(call: Call, *, by: str = "sort") -> dict[str, torch.Tensor]:
-    """The k largest of each row, in order: by a stable sort, or by ``torch.topk``."""
-    axes, logits = call.case.axes, call.inputs["logits"]
-    if by == "topk":
-        values, indices = logits.topk(axes.top_k, -1)
-    else:
-        values, indices = (
-            both[:, : axes.top_k].contiguous() for both in logits.sort(dim=-1, descending=True, stable=True)
-        )
+def select(call: Call) -> dict[str, torch.Tensor]:
+    """The k largest of each row, in order, by a stable sort."""
+    k, logits = call.case.axes.top_k, call.inputs["logits"]
+    values, indices = (both[:, :k].contiguous() for both in logits.sort(dim=-1, descending=True, stable=True))
+    return {"values": values, "indices": indices}
+
+
+def select_by_topk(call: Call) -> dict[str, torch.Tensor]:
+    """The k largest of each row, in order, by ``torch.topk``."""
+    values, indices = call.inputs["logits"].topk(call.case.axes.top_k, -1)
     return {"values": values, "indices": indices}
 
 
@@ -151,7 +152,7 @@ def _kernel(operator: Operator, launch: Callable[[Call], Any], **more: Any) -> K
     return Kernel(
         name=f"torch.{operator.name}[sort]",
         operator=operator,
-        launch=launch,
+        launch=checked(launch),
         **{"numerics": semantics} | more,
     )
 
@@ -168,7 +169,7 @@ top_k_selection = _kernel(top_k, select, unsupported=no_reverse, contract=CAPTUR
 topk = Kernel(
     name="torch.top_k[topk]",
     operator=top_k,
-    launch=partial(select, by="topk"),
+    launch=checked(select_by_topk),
     numerics=any_tie,
     unsupported=no_tie,
     contract=CAPTURED,

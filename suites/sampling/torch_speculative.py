@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kerneltest.model import Call, Case, Device, Kernel
 
+from ._checks import check_chain
 from ._semantics import Semantics
 from .speculative import Chain, chain_speculative_sampling
 
@@ -19,6 +20,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
 
     from . import _torch_filters as f
 
+    check_chain(call)
     x, random = call.inputs, f.generator(call)
     draft, target, chain = x["draft_probs"], x["target_probs"], x["draft_token_ids"].long()
     rows, n = chain.shape
