@@ -116,6 +116,7 @@ class _Hunt:
     lethal_peers: set[str] = field(default_factory=set)
     slowest: float = 0.0
     modules: set[str] = field(default_factory=set)
+    peers_modules: dict[str, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.chase = Chase(self.run_again, self.profile.shrink_seconds)
@@ -167,8 +168,17 @@ class _Hunt:
     def _peer(self, case: Case[Any]) -> Target | None:
         """The kernel that runs beside this one, if any does: told by the case alone, so that a replay has the same."""
         number, turn = divmod(int(case.id, 16), PEER_EVERY)
-        peers = [peer for peer in self.target.peers if peer.kernel.name not in self.lethal_peers]
+        ready = [peer for peer in self.target.peers if self._compiled(peer.kernel, case)]
+        peers = [peer for peer in ready if peer.kernel.name not in self.lethal_peers]
         return peers[number % len(peers)] if peers and turn == 0 else None
+
+    def _compiled(self, peer: Kernel, case: Case[Any]) -> bool:
+        """Whether the limit allows the peer to be compiled for this case; the first cases say what for."""
+        module, limit = peer.specialisation(case), self.profile.compiles
+        allowed = self.peers_modules.setdefault(peer.name, set())
+        if limit is None or len(allowed) < limit:
+            allowed.add(module)
+        return module in allowed
 
     @property
     def deadline(self) -> float:

@@ -304,3 +304,12 @@ def test_compiles_no_more_specialisations_than_allowed() -> None:
     assert len({case.axes.head_dim for case in runner.asked if case.axes.head_dim != 128}) == 1
     assert len(trail.cases) > QUICK.cases // 2
     assert trail.unsupported["this run compiles 1 specialisations at most"] > 0
+
+
+def test_peers_are_compiled_for_no_more_either() -> None:
+    peer = replace(TARGET.kernel, name="peer", specialisation=lambda case: f"d{case.axes.head_dim}")
+    runner, target = Rule(lambda case: None), replace(TARGET, peers=(Target(kernel=peer, source=Path("peer.py")),))
+    hunt(target, runner, replace(QUICK, compiles=1), 1)
+    beside = [case for case, (_, name) in zip(runner.asked, runner.beside, strict=True) if name == "peer"]
+    # The first case drawn is the simplest.
+    assert {case.axes.head_dim for case in beside} == {128}
