@@ -197,7 +197,7 @@ def _of_values(kernel: Kernel, inputs: Mapping[str, torch.Tensor]) -> Iterator[T
             name: str = name,
             value: torch.Tensor = value,
         ) -> Tampering:
-            changed = value.clone()
+            changed = value.clone(memory_format=torch.contiguous_format)
             change(changed.view(-1))
             misuse = Misuse(role="input", argument=name, kind=kind, change=says, says=says)
             return Tampering(misuse=misuse, value=changed)

@@ -34,7 +34,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     from ._tensors import by_slot, queries
 
     axes, x = call.case.axes, call.inputs
-    check_paged(call, "q", "k_pages", "v_pages", "kv_indices", "custom_mask")
+    check_paged(call, "q", "k_pages", "v_pages", "kv_indices", "custom_mask", "packed_mask", "mask_indptr")
     require_rows("q", x["q"])
     require_within("kv_indices", x["kv_indices"], x["k_pages"].shape[0])
     caches = {"k": (by_slot(axes, x["k_pages"]), axes.k_scale), "v": (by_slot(axes, x["v_pages"]), axes.v_scale)}

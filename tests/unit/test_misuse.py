@@ -18,6 +18,7 @@ from kerneltest.model import (
     FP32,
     IEEE_FP32,
     Case,
+    Conclusion,
     DecodeError,
     Device,
     ErrorBudget,
@@ -25,6 +26,7 @@ from kerneltest.model import (
     Guard,
     InputStrategy,
     Kernel,
+    KernelRecord,
     LaunchContract,
     Materials,
     Misuse,
@@ -34,11 +36,15 @@ from kerneltest.model import (
     Operator,
     Outcome,
     OutputSpec,
+    RunRecord,
     Started,
     Status,
     decode,
     encode,
 )
+from kerneltest.report.html import html
+from kerneltest.report.listener import _lines as lines
+from kerneltest.report.summary import as_dict
 from kerneltest.worker.memory import Memory
 from kerneltest.worker.misuse import Bench, Misuser, unclear
 from kerneltest.worker.poison import Pattern
@@ -569,6 +575,26 @@ def test_the_text_lists_every_finding_before_the_first_in_full() -> None:
     ]
     assert lines[-1] == "FULL TEXT"
     assert misuse_text(trail.found[:1], trail.tally, "FULL TEXT") == "FULL TEXT"
+
+
+def test_reports_say_what_became_of_each_call() -> None:
+    tally = MisuseTally(raised=5, right=4, failed=3, trusted=2, unclear=("q is <int64>: KeyError: 1",))
+    record = KernelRecord(
+        name="pick", suite="mine", verdict=Conclusion.RED, seconds=1.0, hunt="misuse", misuses=tally, device=CPU
+    )
+    run = RunRecord(
+        began="", seconds=1.0, command="", version="", profile="quick", seed=1, kernels=(record,), unchecked=()
+    )
+    page = html(run)
+    assert '<a href="#misuse">Bad input</a>' in page
+    assert "q is &lt;int64&gt;: KeyError: 1" in page
+    assert "pick on bad input" in page
+    (kernel,) = as_dict(run)["kernels"]
+    assert kernel["misuses"] == encode(tally)
+    assert lines(run)[0] == (
+        "red       pick on bad input: 14 misuses: 5 raised, 4 answered rightly, 3 neither, 2 left to the caller, "
+        "1 unclear errors, 1.0 s"
+    )
 
 
 def test_a_misuse_survives_json() -> None:
