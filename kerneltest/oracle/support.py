@@ -55,25 +55,30 @@ def mass_above(probs: torch.Tensor, *, ties: Ties = "kept", blur: float = 0.0) -
     """The mass before each token of ``probs``, float64 [rows, V], in descending order.
 
     ``blur``: how far apart two values must be, as a share of the larger, for the kernel to tell them apart; it may have
-    rounded them since. Equal ones stay equal.
+    rounded them since. Equal ones stay equal, and in the order of their index.
     """
     order = torch.sort(probs, dim=-1, descending=True, stable=True)
     value = order.values
     total = torch.nn.functional.pad(value.cumsum(-1), (1, 0))
-    if ties in ("index", "reverse") and blur == 0:
-        before = total[:, :-1]
-        if ties == "reverse":
-            # All that is above, and those of the group that come later in index order.
-            above, from_here = _up_to(value, total, value, equal=False), _up_to(value, total, value, equal=True)
-            before = above + (from_here - total[:, 1:])
-        low = high = before
-    else:
-        low = _up_to(value, total, value * (1 + blur), equal=False)
-        high = _up_to(value, total, value * (1 - blur), equal=blur > 0 or ties != "kept")
-        if ties == "kept" and blur > 0:
-            high = high - (_up_to(value, total, value, equal=True) - _up_to(value, total, value, equal=False))
-        elif ties != "kept":
-            high = high - value
+    above, up_to = (_up_to(value, total, value, equal=equal) for equal in (False, True))
+    clearly, perhaps = above, up_to
+    if blur > 0:
+        clearly = _up_to(value, total, value * (1 + blur), equal=False)
+        perhaps = _up_to(value, total, value * (1 - blur), equal=True)
+    # Equal tokens that come first and last in the order of their index.
+    first, last = total[:, :-1] - above, up_to - total[:, 1:]
+    match ties:
+        case "kept":
+            low, high = clearly, perhaps - (up_to - above)
+        case "any":
+            low, high = clearly, perhaps - value
+        case "index":
+            low, high = clearly + first, perhaps - value - last
+        case "reverse":
+            low, high = clearly + last, perhaps - value - first
+    # Differences of sums that have no error of their own where the kernel's have none either.
+    if blur == 0 and ties != "any":
+        high = low
     return MassAbove(low=_back(low, order.indices), high=_back(high, order.indices))
 
 

@@ -22,6 +22,7 @@ from ._semantics import Semantics
 MERGED = 2.0**-22
 # Softmax of fp32 logits: below this share of the row, relative errors are those of numbers that may be flushed.
 NEGLIGIBLE = 1e-30
+FLOAT64 = 2.0**-53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +134,8 @@ def _nucleus(probs: torch.Tensor, p: torch.Tensor, semantics: Semantics, blur: f
         if semantics.through_self:
             error = gamma * (above.high + probs) + u * above.high
         summed = gamma * probs.sum(-1, keepdim=True)
+    # The reference adds up in float64, and is off by that.
+    error = error + vocabulary * FLOAT64 * (above.high + probs)
     if given:
         error, summed = error * (1 + given) + given * (above.high + probs), summed * (1 + given) + given
     else:

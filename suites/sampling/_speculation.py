@@ -42,7 +42,7 @@ def _pair(
             half = torch.rand(flat, vocabulary, generator=random) < 0.5
             half[:, 0], half[:, 1] = True, False
             logits, other = logits.masked_fill(half, -torch.inf), other.masked_fill(~half, -torch.inf)
-        draft, target = logits.softmax(-1), other.softmax(-1)
+        draft, target = (x.double().softmax(-1).float() for x in (logits, other))
     else:
         draft, target = (probs_of(inputs, flat, vocabulary, random) for _ in range(2))
     return draft.view(shape)[:, :tokens], target.view(shape)
