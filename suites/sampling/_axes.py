@@ -17,7 +17,7 @@ IndexDtype = Literal["", "int32", "int64"]
 # Where some library changes its algorithm, and vocabularies of models that people run.
 SWITCHES = (32, 256, 1024, 2048, 4096, 8192, 16_384, 32_000, 65_536, 128_256, 151_936, 262_144)
 # Elements of a case: most are small, so that there can be many of them.
-CELLS = (1 << 18, 1 << 18, 1 << 20, 1 << 24)
+CELLS = (1 << 18, 1 << 18, 1 << 20, 1 << 20, 1 << 22, 1 << 24)
 MOST_CELLS = 60_000_000
 # Draws of a case, and the elements that they may read: in a small vocabulary each token comes up many times.
 MOST_DRAWS = 65_536
