@@ -18,6 +18,7 @@ from kerneltest.model import FORMATS, Case
 
 from ._axes import PagedPrefill
 from ._inputs import first_tokens, moduli, total_tokens
+from ._masks import limits
 
 # Rows that are looked at, sentences that are said, and tokens named where it must be one of several.
 MOST_ROWS = 256
@@ -32,14 +33,15 @@ ARITHMETIC = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A query head's row of one token. It must see the first ``visible`` keys of its request: ``expected`` [d] of each
-    class. ``out`` [d] and ``lse`` are the kernel's, float64.
+    """A query head's row of one token. It must see the keys of its request from ``first`` on, as far as ``visible``,
+    which it does not see: ``expected`` [d] of each class. ``out`` [d] and ``lse`` are the kernel's, float64.
     """
 
     request: int
     token: int
     head: int
     kv_head: int
+    first: int
     visible: int
     expected: torch.Tensor
     out: torch.Tensor
@@ -80,15 +82,15 @@ def explain(
     axes = case.axes
     if case.inputs != "count" or "out" not in outputs or len(moduli(axes.v_dim)) < 2:
         return None
-    if axes.window_left >= 0 or axes.mask != "none" or axes.v_scale != 1.0:
-        return None  # a row sees more or less than the first so many keys, or an output is no count
+    if axes.mask != "none" or axes.v_scale != 1.0:
+        return None  # the keys that a row sees do not follow each other, or an output is no count
     numbering = _Numbering(axes)
     known: dict[object, tuple[Difference, ...]] = {}
     found: list[tuple[Row, Difference]] = []
     rows = list(islice(_suspicious(numbering, outputs), MOST_ROWS))
     for row in rows:
         # Heads of a group, and all rows where nothing is masked, are often alike.
-        key = (row.request, row.kv_head, row.visible, row.lse, tuple(row.out.tolist()))
+        key = (row.request, row.kv_head, row.first, row.visible, row.lse, tuple(row.out.tolist()))
         if key not in known:
             known[key] = tuple(_differences(numbering, row))
         found += [(row, difference) for difference in known[key]]
@@ -125,7 +127,7 @@ class _Numbering:
         return [int(block.sum()) for block in torch.split(counts, self.moduli)]
 
     def runs(
-        self, counts: torch.Tensor, length: int, places: Iterable[tuple[int, int]], limit: int | None
+        self, counts: torch.Tensor, length: int, places: Iterable[tuple[int, int]], within: slice = slice(None)
     ) -> list[Run]:
         """The runs of ``length`` tokens that have these ``counts`` [d] of each class; see :func:`_tokens`."""
         begins = []
@@ -137,11 +139,11 @@ class _Numbering:
             return []
         found = []
         for request, kv_head in places:
-            first = self.numbers(request, kv_head)[:limit]
+            first = self.numbers(request, kv_head)[within]
             first = first[: max(0, len(first) - length + 1)]
             possible = torch.stack([some[first % m] for some, m in zip(begins, self.moduli, strict=True)]).all(0)
             found += [
-                Run(request=request, kv_head=kv_head, first=slot, length=length)
+                Run(request=request, kv_head=kv_head, first=(within.start or 0) + slot, length=length)
                 for slot in possible.nonzero().flatten().tolist()
             ]
         return found
@@ -154,29 +156,26 @@ def _suspicious(numbering: _Numbering, outputs: Mapping[str, torch.Tensor]) -> I
     for number, request in enumerate(axes.requests):
         rows = slice(first, first + request.qo_len)
         first = rows.stop
-        tokens = torch.arange(request.qo_len)
-        visible = (
-            tokens + 1 + request.kv_len - request.qo_len if axes.causal else torch.full_like(tokens, request.kv_len)
-        )
-        visible = visible.clamp(0, request.kv_len)
+        begin, end = limits(axes, request)
         for kv_head in range(axes.kv_heads if request.kv_len else 0):
             upto = torch.nn.functional.pad(
                 numbering.classes(numbering.numbers(number, kv_head)).cumsum(0), (0, 0, 1, 0)
             )
-            expected = upto[visible]
+            expected = upto[end] - upto[begin]
             heads = slice(kv_head * axes.group, (kv_head + 1) * axes.group)
             out = outputs["out"][rows, heads].double()
-            length = visible.clamp(min=1).double().view(-1, 1, 1)
+            length = (end - begin).clamp(min=1).double().view(-1, 1, 1)
             right = expected.unsqueeze(1) / length
             least = torch.maximum(FORMATS[axes.dtype].u * right, 0.25 / length)
-            off = ((out - right).abs() > least).any(-1) & out.isfinite().all(-1) & (visible > 0).unsqueeze(-1)
+            off = ((out - right).abs() > least).any(-1) & out.isfinite().all(-1) & (end > begin).unsqueeze(-1)
             for token, head in off.nonzero().tolist():
                 yield Row(
                     request=number,
                     token=token,
                     head=heads.start + head,
                     kv_head=kv_head,
-                    visible=int(visible[token]),
+                    first=int(begin[token]),
+                    visible=int(end[token]),
                     expected=expected[token],
                     out=out[token, head],
                     lse=None if lse is None else float(lse[rows.start + token, heads.start + head]),
@@ -193,13 +192,16 @@ def _differences(numbering: _Numbering, row: Row) -> Iterable[Difference]:
     others = [(request, head) for request in requests for head in heads if (request, head) != own]
     lost, gained = (row.expected - counts).clamp(min=0), (counts - row.expected).clamp(min=0)
     # What a row must not see it cannot lose.
-    losses = [_lost(row, runs) for _, runs in _tokens(numbering, lost, [own], times=1, limit=row.visible)]
+    seen = slice(row.first, row.visible)
+    losses = [_lost(row, runs) for _, runs in _tokens(numbering, lost, [own], times=1, within=seen)]
     if not bool(gained.any()):
         return losses
     if not bool(lost.any()):
         # More than there should be are its own, counted again or unmasked, rather than anybody's.
         solved = _tokens(numbering, gained, [own]) or _tokens(numbering, gained, others)
         return [_gained(row, runs, times) for times, runs in solved]
+    if row.first:
+        return ()  # the first page of a window is a part of one, and exchanges are told page by page
     # As many others in the place of some may be anybody's, and what is in neither may have been in both.
     gains = [_gained(row, runs, times) for times, runs in _tokens(numbering, gained, [own, *others])]
     solutions = set(_exchanges(numbering, row, counts - row.expected, [own, *others]))
@@ -221,7 +223,7 @@ def _exchanges(
     for page in ((change + pages) >= 0).all(-1).nonzero().flatten().tolist():
         length = size if page < whole else rest
         own = Run(request=row.request, kv_head=row.kv_head, first=page * size, length=length)
-        runs = numbering.runs(change + pages[page], length, places, None)
+        runs = numbering.runs(change + pages[page], length, places)
         instead = [run for run in runs if run.first % size == 0 and run != own]
         if instead:
             yield _lost(row, [own]), *([_gained(row, instead, 1)] if len(instead) <= MOST_PLACES else [])
@@ -233,7 +235,7 @@ def _counts(numbering: _Numbering, row: Row) -> torch.Tensor | None:
     The denominator l is tried from the log-sum-exp in either base, as the right one or almost, and as what makes a
     small integer of the largest output; then as the number of keys that this amounts to.
     """
-    n, unit = row.visible, FORMATS[numbering.axes.dtype].u
+    n, unit = row.visible - row.first, FORMATS[numbering.axes.dtype].u
     guesses = [float(n + off) for off in (0, -1, 1, -2, 2) if n + off > 0]
     if row.lse is not None and abs(row.lse) < 64:
         guesses += [math.exp(row.lse), 2.0**row.lse]
@@ -264,12 +266,12 @@ def _tokens(
     places: Iterable[tuple[int, int]],
     *,
     times: int = MOST_TIMES,
-    limit: int | None = None,
+    within: slice = slice(None),
 ) -> list[tuple[int, list[Run]]]:
     """The tokens that have these ``counts`` [d], each with how often; several runs where it may be any of them.
 
     One run, or single tokens that only one choice explains; nothing if neither does, or too many runs do, or the blocks
-    do not agree. ``places``: requests and KV heads to look in, the first ``limit`` tokens of each.
+    do not agree. ``places``: requests and KV heads to look in, the tokens ``within`` each.
     """
     sums, places = numbering.sums(counts), list(places)
     count = sums[0]
@@ -278,25 +280,33 @@ def _tokens(
     for each in range(1, times + 1):
         if count % each or bool((counts % each).any()):
             continue
-        runs = numbering.runs(counts // each, count // each, places, limit)
+        runs = numbering.runs(counts // each, count // each, places, within)
         if runs:
             return [(each, runs)] if len(runs) <= MOST_PLACES else []
     if count > MOST_APART:
         return []
     single = []
     for request, kv_head in places:
-        classes = numbering.classes(numbering.numbers(request, kv_head)[:limit])
+        classes = numbering.classes(numbering.numbers(request, kv_head)[within])
         fits = (classes <= counts).all(-1).nonzero().flatten().tolist()
-        single += [(Run(request=request, kv_head=kv_head, first=slot, length=1), classes[slot]) for slot in fits]
+        begin = within.start or 0
+        single += [(Run(request=request, kv_head=kv_head, first=begin + at, length=1), classes[at]) for at in fits]
     if len(single) != count or not torch.equal(sum((one for _, one in single), torch.zeros_like(counts)), counts):
         return []
     return [(1, [run]) for run, _ in single]
 
 
+def _slot(row: Row, slot: int) -> Run:
+    return Run(request=row.request, kv_head=row.kv_head, first=slot, length=1)
+
+
 def _lost(row: Row, runs: Sequence[Run]) -> Difference:
-    last = Run(request=row.request, kv_head=row.kv_head, first=row.visible - 1, length=1)
     where = " or ".join(map(str, runs))
-    edge = "the last visible slot not counted" if runs == [last] else ""
+    edge = ""
+    if runs == [_slot(row, row.visible - 1)]:
+        edge = "the last visible slot not counted"
+    elif row.first and runs == [_slot(row, row.first)]:
+        edge = "the first slot of the window not counted"
     return Difference(where=where, what=f"{where} not counted", edge=edge)
 
 
@@ -306,12 +316,15 @@ def _gained(row: Row, runs: Sequence[Run], times: int) -> Difference:
             return f"{run} of request {run.request} counted"
         if run.kv_head != row.kv_head:
             return f"{run} of KV head {run.kv_head} counted"
-        if run.first >= row.visible:
+        if not row.first <= run.first < row.visible:
             return f"{run} counted, though masked"
         return f"{run} counted {'twice' if times == 1 else f'{times + 1} times'}"
 
-    behind = Run(request=row.request, kv_head=row.kv_head, first=row.visible, length=1)
-    edge = "the first masked slot counted" if runs == [behind] else ""
+    edge = ""
+    if runs == [_slot(row, row.visible)]:
+        edge = "the first masked slot counted"
+    elif row.first and runs == [_slot(row, row.first - 1)]:
+        edge = "the last slot before the window counted"
     return Difference(where=str(runs[0]), what=" or ".join(map(worded, runs)), edge=edge)
 
 

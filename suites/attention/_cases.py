@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import Case, InputStrategy, Pattern, Size
 
 from ._axes import LN_2, MASKS, PagedPrefill, Request
-from ._relations import RELATIONS
+from ._relations import LARGEST_MASK, RELATIONS
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st
@@ -54,12 +54,10 @@ SOFTCAPS = (30.0, 50.0, 2.0)
 SCALES = (0.375, 1.6875, 0.6875)
 # Keys in a piece of a fixed size.
 PIECES = (128, 512)
-# Queries times keys of a batch with a mask, at most: a byte each.
-LARGEST_MASK = 1 << 24
 # The options that are a module of their own for some libraries.
 COMPILED = ("window_left", "softcap", "kv_dtype")
 # How often each option is set where only one may be. Half of the cases have none.
-OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 1}
+OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 2}
 # A second one, which is rarer. Gemma 2 has a window and a soft-cap.
 SECOND_DRAWN = {"": 12, "window": 1, "softcap": 1, "mask": 1, "quantised": 1}
 # How often a request has which keys. A prefill of the whole prompt has as many keys as queries: the commonest request,
@@ -157,7 +155,9 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
         axes = replace(axes, **options)
         case = Case(operator="paged_prefill", axes=axes, inputs=inputs, seed=draw(st.integers(0, 2**32 - 1)))
         # Drawn from all of them, whether they apply or not: shrinking the case must not turn one into another.
-        relation = draw(st.sampled_from([None, *RELATIONS]))
+        # What pieces of a fixed size promise shows in company alone.
+        promised = [other for other in RELATIONS if other.promise == "batch_invariant"] if axes.fixed_split_size else []
+        relation = draw(st.sampled_from([None, *RELATIONS, *promised * 6]))
         return replace(case, relation=relation.name) if relation and relation.applies(case) else case
 
     return draw_case()

@@ -30,6 +30,13 @@ def limits(axes: PagedPrefill, request: Request) -> tuple[torch.Tensor, torch.Te
     return torch.minimum(first.clamp(min=0), end), end
 
 
+def shown(axes: PagedPrefill, request: Request) -> torch.Tensor:
+    """What window and place leave to each query, bool [qo_len, kv_len]."""
+    first, end = limits(axes, request)
+    keys = torch.arange(request.kv_len)
+    return (keys >= first.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
+
+
 def draw(axes: PagedPrefill, random: torch.Generator) -> list[torch.Tensor]:
     """The mask of each request, bool [qo_len, kv_len]."""
     kinds = {"random": _random, "tree": _tree}
@@ -38,10 +45,7 @@ def draw(axes: PagedPrefill, random: torch.Generator) -> list[torch.Tensor]:
         if request.kv_len:
             # The key at a query's own place, or the first one if there is none, is in every window.
             place = torch.arange(request.qo_len) + request.kv_len - request.qo_len
-            first, end = limits(axes, request)
-            keys = torch.arange(request.kv_len)
-            inside = (keys >= first.unsqueeze(-1)) & (keys < end.unsqueeze(-1))
-            blind = ~(mask & inside).any(-1)
+            blind = ~(mask & shown(axes, request)).any(-1)
             mask[blind, place.clamp(min=0)[blind]] = True
     return masks
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ._axes import PagedPrefill, Request
 
 
+# Pairs of a query and a key in a batch with a mask, at most: a byte each.
+LARGEST_MASK = 1 << 24
+
+
 def _transform(name: str, case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...]:
     from ._transformations import TRANSFORMATIONS
 
@@ -74,6 +78,10 @@ def _can_be_decoded(axes: PagedPrefill) -> bool:
     )
 
 
+def _has_no_mask(axes: PagedPrefill) -> bool:
+    return axes.mask == "none" and axes.mask_bits <= LARGEST_MASK
+
+
 def _can_be_split(axes: PagedPrefill) -> bool:
     return any(request.qo_len and common_pages(axes, request) for request in axes.requests)
 
@@ -99,6 +107,7 @@ RELATIONS = (
     _relation("repeat", "the very same inputs once more", "deterministic", _always),
     _relation("split", "the keys in two parts, merged by their log-sum-exps", None, _can_be_split, "lse"),
     _relation("decode", "some of the queries alone, as decode requests", None, _can_be_decoded),
+    _relation("as_mask", "the causal mask and the window as a mask of bits", None, _has_no_mask),
     _relation("key_permutation", "the keys of each request in another order", None, _several_keys),
     _relation("duplicate_keys", "every key twice", None, _keys_have_no_order),
 )

@@ -246,6 +246,14 @@ def decode(case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...
     return (_picked(case, materials, alone),)
 
 
+def as_mask(case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...]:
+    """The mask that the causal one and the window are together, said bit by bit, packed or not."""
+    axes, old = case.axes, parts(case, materials.inputs)
+    drawn = replace(axes, mask="random", packed_mask=case.seed % 2 == 1, causal=False, window_left=-1)
+    masked = [replace(part, mask=_masks.shown(axes, request)) for part, request in zip(old, axes.requests, strict=True)]
+    return (Related(variants=(view(replace(case, axes=drawn), materials.inputs, masked),), back=_same),)
+
+
 def key_permutation(case: Case[PagedPrefill], materials: Materials) -> tuple[Related, ...]:
     orders = [_another_order(request.kv_len, case) for request in case.axes.requests]
     return (Related(variants=(rewritten(case, materials.inputs, orders),), back=_same),)
@@ -332,6 +340,7 @@ TRANSFORMATIONS: Mapping[str, Callable[[Case[PagedPrefill], Materials], tuple[Re
         repeat,
         split,
         decode,
+        as_mask,
         key_permutation,
         duplicate_keys,
     )

@@ -318,3 +318,51 @@ def test_a_finding_without_a_known_cause_stays_as_it_is() -> None:
     outcome = execute(flawed(Flaw(out=lambda out: out * 0.93)), BATCH, Rig(CPU))
     assert outcome.finding is not None
     assert not any(line.startswith("request") for line in outcome.finding.details)
+
+
+WINDOW = case((33, 33), (20, 90), causal=True, window_left=20, **AXES)
+
+
+def longer_window(times: torch.Tensor) -> None:
+    for row in times:
+        first = int(row.nonzero()[0])
+        row[max(first - 1, 0)] = 1
+
+
+def shorter_window(times: torch.Tensor) -> None:
+    for row in times:
+        row[int(row.nonzero()[0])] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            longer_window,
+            "request 1: the last slot before the window counted (slot 49 for token 0, and so on) in 4 of 4 heads",
+        ),
+        (
+            shorter_window,
+            "request 1: the first slot of the window not counted (slot 50 for token 0, and so on) in 4 of 4 heads",
+        ),
+        (lambda t: t[:, 65].zero_(), "request 1: slot 65 not counted in 4 of 4 heads and 15 of 20 tokens"),
+        (lambda t: t[:, 64:68].mul_(2), "request 1: slots 64 to 67 counted twice in 4 of 4 heads and 15 of 20 tokens"),
+        (lambda t: t[:, 3].fill_(1), "request 1: slot 3 counted, though masked in 4 of 4 heads"),
+    ],
+)
+def test_the_edges_of_a_window_are_named(change: Callable[[torch.Tensor], object], sentence: str) -> None:
+    text = said(WINDOW, only(1, change))
+    assert text is not None
+    assert sentence in text
+
+
+@pytest.mark.parametrize("axes", [{"mask": "tree", "causal": False}, {"v_scale": 2.0}])
+def test_nothing_is_said_where_a_row_does_not_count_keys_that_follow_each_other(axes: dict[str, Any]) -> None:
+    one = replace(CAUSAL, axes=replace(CAUSAL.axes, **axes))
+    assert said(one, only(1, lambda t: t[:, 5].zero_())) is None
+
+
+def test_values_of_another_dimension_name_tokens_too() -> None:
+    one = replace(BATCH, axes=replace(BATCH.axes, head_dim=192, head_dim_vo=128, layout="HND", softcap=30.0))
+    lost = only(1, lambda t: t[:, 228].zero_())
+    assert said(one, lost) == "request 1: slot 228 not counted in 4 of 4 heads"

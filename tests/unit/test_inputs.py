@@ -135,6 +135,43 @@ def test_dyadic_inputs_with_another_scale_are_refused(scale: float | None) -> No
         paged.materialize(case((1, 1), inputs="dyadic", sm_scale=scale))
 
 
+@pytest.mark.parametrize("axes", [{"k_scale": 0.5}, {"softcap": 30.0}])
+def test_dyadic_inputs_with_other_changes_of_the_scores_are_refused(axes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="need scores that no other scale and no soft-cap changes"):
+        paged.materialize(case((1, 1), inputs="dyadic", sm_scale=math.log(2.0), **axes))
+
+
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("inputs", NAMES)
+def test_eight_bits_hold_every_kind_of_input(inputs: str, kv_dtype: str) -> None:
+    one, _, k, v = made(inputs, kv_dtype=kv_dtype, v_scale=1.6875)
+    _, _, wide_k, wide_v = made(inputs)
+    fmt = FORMATS[kv_dtype]
+    for narrow, wide in ((k, wide_k), (v, wide_v)):
+        assert narrow.isfinite().all()
+        if inputs in ("scaled", "special", "outlier"):
+            continue  # of another magnitude
+        assert ((narrow - wide).abs() <= wide.abs() * (fmt.u + 2.0**-8) + fmt.eta + 1e-30).all()
+    if inputs in ("count", "integer", "dyadic"):
+        # What makes them exact needs no more than eight bits.
+        assert inputs == "dyadic" or torch.equal(v, wide_v)
+        assert inputs != "dyadic" or torch.equal(k, wide_k)
+    assert v.abs().max() <= fmt.max / 2
+    assert one.axes.kv_format == kv_dtype
+
+
+def test_a_soft_cap_is_reached_by_the_usual_scores_and_by_large_ones() -> None:
+    for inputs, cap in (("generic", 2.0), ("large_logits", 50.0), ("needle", 30.0)):
+        one, q, k, _ = made(inputs)
+        largest = float(scores(one, q, k, 0).abs().max())
+        assert largest > cap, inputs
+        capped = dataclasses.replace(one, axes=dataclasses.replace(one.axes, softcap=cap))
+        right, verdicts = judged(capped)
+        assert all(verdict.ok for verdict in verdicts.values())
+        # A kernel that forgets it is seen.
+        assert not torch.equal(judged(one)[0]["lse"], right["lse"])
+
+
 @draws(300)
 @given(paged.cases(Size(batch=1, qo_len=3, kv_len=9, heads=2)))
 def test_strategies_are_drawn_with_the_scale_that_they_need(one: Case[Any]) -> None:
@@ -198,10 +235,28 @@ def test_needles_reach_every_place_that_matters() -> None:
     assert (slot < 300).all()
 
 
+def test_needles_reach_both_ends_of_a_window() -> None:
+    axes = case((64, 300), page_size=16, kv_heads=2, group=2, causal=True, window_left=100).axes
+    slot = strategies.needles(axes, axes.requests[0], 5)
+    row = torch.arange(64).unsqueeze(-1)
+    reached = {
+        "last before it": slot == 135 + row,
+        "first": slot == 136 + row,
+        "last": slot == 236 + row,
+        "first masked": slot == 237 + row,
+        "start of a page": slot % 16 == 0,
+        "nothing else": torch.ones(1),
+    }
+    assert [name for name, where in reached.items() if not where.any()] == []
+    assert (slot >= 135 + row).all()
+    assert (slot <= 237 + row).all()
+
+
 @pytest.mark.parametrize(("qo_len", "kv_len"), [(1, 1), (5, 2), (2, 5), (70, 64), (3, 1000)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_needles_exist(qo_len: int, kv_len: int, causal: bool) -> None:
-    axes = case((qo_len, kv_len), page_size=16, kv_heads=2, group=2, causal=causal).axes
+@pytest.mark.parametrize("window_left", [-1, 0, 3, 64, 2000])
+def test_needles_exist(qo_len: int, kv_len: int, causal: bool, window_left: int) -> None:
+    axes = case((qo_len, kv_len), page_size=16, kv_heads=2, group=2, causal=causal, window_left=window_left).axes
     for start in range(40):
         slot = strategies.needles(axes, axes.requests[0], start)
         assert ((slot >= 0) & (slot < kv_len)).all()

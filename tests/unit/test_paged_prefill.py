@@ -246,6 +246,10 @@ def somewhere(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda axes: any(test(request) for request in axes.requests)
 
 
+def asked_for(axes: Any) -> set[str]:
+    return {name for name, (_, asked) in axes_of.OPTIONS.items() if asked(axes)}
+
+
 REACHED: Mapping[str, Callable[[Any], bool]] = {
     "no keys": somewhere(lambda r: r.kv_len == 0 and r.qo_len > 0),
     "no queries": somewhere(lambda r: r.qo_len == 0 and r.kv_len > 0),
@@ -265,7 +269,7 @@ REACHED: Mapping[str, Callable[[Any], bool]] = {
     "shuffled": lambda a: a.shuffled,
     "most heads": lambda a: a.q_heads == WIDE.heads,
     **{
-        f"{name} alone": lambda a, name=name: [n for n, (_, asked) in axes_of.OPTIONS.items() if asked(a)] == [name]
+        f"{name} alone": lambda a, name=name: asked_for(a) - {"scales"} == {name}
         for name in axes_of.OPTIONS
         if name != "scales"
     },

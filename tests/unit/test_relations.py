@@ -118,8 +118,9 @@ def test_a_variant_is_another_call(name: str) -> None:
     materials = paged.materialize(RICH)
     for related in OPERATOR.relation(name).transform(RICH, materials):
         for variant in related.variants:
-            same = [k for k, v in variant.materials.inputs.items() if torch.equal(v, materials.inputs[k])]
-            assert len(same) < len(materials.inputs)
+            found = variant.materials.inputs
+            same = [name for name, value in materials.inputs.items() if torch.equal(value, found[name])]
+            assert len(same) < len(found)
             assert variant.case.relation == ""
 
 
@@ -148,7 +149,7 @@ def test_which_relations_apply() -> None:
     def those(of: Case[Any]) -> set[str]:
         return {relation.name for relation in OPERATOR.relations if relation.applies(of)}
 
-    always = {"value_sign", "value_scale", "score_scale", "repeat"}
+    always = {"value_sign", "value_scale", "score_scale", "repeat", "as_mask"}
     assert those(case((1, 0), (0, 3))) == set()
     assert those(case((1, 1))) == {*always, "duplicate_keys"}
     assert those(case((1, 1), causal=True)) == always
@@ -167,8 +168,8 @@ def test_which_relations_apply() -> None:
     assert with_options(causal=True) == several - ordered
     assert with_options(window_left=2) == several - ordered - {"split", "decode"}
     assert with_options(window_left=2, causal=True) == several - ordered - {"split"}
-    assert with_options(mask="random") == several - {"split"}
-    assert with_options(mask="tree", window_left=2) == several - ordered - {"split", "decode"}
+    assert with_options(mask="random") == several - {"split", "as_mask"}
+    assert with_options(mask="tree", window_left=2) == several - ordered - {"split", "decode", "as_mask"}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

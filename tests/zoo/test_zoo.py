@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kerneltest import discovery
+
 HERE = Path(__file__).parent
+discovery.use_roots([discovery.builtin_root()])
+PagedPrefill = importlib.import_module(f"{discovery.PACKAGE}.attention._axes").PagedPrefill
 
 # kernel: (kind of failure, culprit, axes and inputs that the minimal case must have)
 MINIMAL_REQUEST = {
@@ -37,6 +43,24 @@ PLANTED: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "missing": ("WrongOutput", None, MINIMAL_REQUEST),
     "nothing": ("WrongOutput", None, MINIMAL_REQUEST),
     "raising": ("LaunchRaised", None, {**MINIMAL_REQUEST, "page_size": 64}),
+}
+
+
+# kernel: (kind of failure, the options that its minimal case must have, and no others)
+OPTIONS: dict[str, tuple[str, set[str]]] = {
+    "window_edge": ("Mismatch", {"window_left"}),
+    "window_top_left": ("Mismatch", {"window_left"}),
+    "softcap_dropped": ("Mismatch", {"softcap"}),
+    "mask_bit_order": ("Mismatch", {"mask", "packed_mask"}),
+    "mask_of_the_first": ("Mismatch", {"mask", "packed_mask"}),
+    "mask_last_byte": ("Mismatch", {"mask", "packed_mask"}),
+    "mask_and_causal": ("Mismatch", {"mask"}),
+    "scale_swapped": ("Mismatch", {"kv_dtype", "k_scale", "v_scale"}),
+    "scale_forgotten": ("Mismatch", {"kv_dtype", "k_scale"}),
+    "hnd_as_nhd": ("Mismatch", {"layout"}),
+    "dense_q": ("NonFinite", {"strided_q"}),
+    "short_values": ("Mismatch", {"head_dim_vo"}),
+    "split_by_company": ("RelationBroken", {"fixed_split_size"}),
 }
 
 
@@ -75,6 +99,17 @@ def test_planted_bug_is_found_and_shrunk(planted: dict[str, Any], name: str) -> 
     assert len(axes["requests"]) == 1
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_planted_bug_in_an_option_is_found_and_shrunk_to_it(planted: dict[str, Any], name: str) -> None:
+    kind, options = OPTIONS[name]
+    failure = planted[f"zoo.{name}[planted]"]
+    assert failure["kind"] == kind
+    axes = failure["case"]["axes"]
+    defaults = {field.name: field.default for field in fields(PagedPrefill) if field.default is not MISSING}
+    assert {option for option, default in defaults.items() if axes[option] != default} == options
+    assert len(axes["requests"]) == (2 if name in ("mask_of_the_first", "split_by_company") else 1)
+
+
 def test_mask_bug_is_shrunk_to_the_first_row_that_can_show_it(planted: dict[str, Any]) -> None:
     # Row 15 of a tile of 16 needs a key beyond its own to leak, which takes at least 17 queries.
     (request,) = planted["zoo.z15_mask[planted]"]["case"]["axes"]["requests"]
@@ -92,5 +127,6 @@ def test_twins_are_green(tmp_path: Path) -> None:
         "zoo.z8[twin]": "green",
         "zoo.torch[twin]": "green",
         "zoo.jitter[twin]": "green",
+        "zoo.split_by_company[twin]": "green",
     }
     assert all(kernel["cases"] >= 20 for kernel in run["kernels"])

@@ -19,6 +19,7 @@ RELATIONS = (
     "repeat",
     "split",
     "decode",
+    "as_mask",
     "key_permutation",
     "duplicate_keys",
 )

@@ -200,6 +200,7 @@ batch_size, batch_size_sound = pair("batch_size", changed(order_by_batch))
 repeat, repeat_sound = pair("repeat", tunes_itself)
 split, split_sound = pair("split", mean_lse, reference=mean_lse_reference)
 decode, decode_sound = pair("decode", changed(top_left), reference=top_left_reference)
+as_mask, as_mask_sound = pair("as_mask", changed(top_left), reference=top_left_reference)
 key_permutation, key_permutation_sound = pair(
     "key_permutation", changed(first_key_twice), reference=first_key_twice_reference
 )
