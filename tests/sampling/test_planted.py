@@ -41,6 +41,7 @@ PLANTED: dict[str, tuple[str, str]] = {
     "mask[row 0]": ("WrongSupport", ""),
     "select[off by one]": ("WrongSupport", ""),
     "select[unsorted]": ("Mismatch", "descending"),
+    "jitter[promised]": ("Nondeterministic", ""),
     "chain[accepted]": ("WrongSupport", "counts of accepted tokens"),
     "chain[residual]": ("WrongSupport", "exceeds the draft"),
 }

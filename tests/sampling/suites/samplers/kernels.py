@@ -6,6 +6,7 @@ declares the semantics that it has.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Outputs = Mapping[str, "torch.Tensor"]
 VECTOR = 4
+LAUNCHES = itertools.count()
 
 
 def sampled(call: Call, weights: torch.Tensor) -> Outputs:
@@ -172,6 +174,11 @@ def selected(call: Call, *, bug: str = "") -> Outputs:
     return {"values": values, "indices": indices}
 
 
+def jittering(call: Call) -> Outputs:
+    """Right, but in another order at some launches: nobody asked for one."""
+    return selected(call, bug="unsorted" if not call.case.axes.sorted and next(LAUNCHES) % 5 < 2 else "")
+
+
 def speculated(call: Call, *, bug: str = "") -> Outputs:
     import torch
 
@@ -234,3 +241,15 @@ def _kernels() -> dict[str, Kernel]:
 
 
 globals().update(_kernels())
+jitter_twin, jitter = (
+    Kernel(
+        name=f"jitter[{name}]",
+        operator=replace(top_k),
+        launch=jittering,
+        numerics=torch_sort.semantics,
+        unsupported=torch_sort.no_reverse,
+        devices=("cpu",),
+        deterministic=promised,
+    )
+    for name, promised in (("twin", False), ("promised", True))
+)
