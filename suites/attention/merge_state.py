@@ -72,6 +72,7 @@ class MergeNumerics:
     ``lse_base`` of the log-sum-exps that it takes and returns. ``exp_rel``: the relative error of its exponential.
     ``rounds``: how often merged states are merged again, their outputs rounded to ``partial`` in between. States whose
     log-sum-exp is ``lse_no_key`` or less stand for no keys: all of them together may return as much, or less.
+    ``batch_invariant`` promises that the bits of a row do not depend on its place among the others.
     """
 
     out: Fmt
@@ -80,7 +81,7 @@ class MergeNumerics:
     rounds: int = 0
     partial: Fmt = FP32
     lse_no_key: float = float("-inf")
-    batch_invariant: bool = True
+    batch_invariant: bool = False
     slack: float = 1.0
 
     def __post_init__(self) -> None:
@@ -209,7 +210,9 @@ def _can_be_split(case: Case[MergeStates]) -> bool:
     return case.operator == "merge_states" and case.axes.states > 1
 
 
-def _relation(name: str, change: str, promise: Literal["deterministic"] | None, applies: Any, *needs: str) -> Relation:
+def _relation(
+    name: str, change: str, promise: Literal["deterministic", "batch_invariant"] | None, applies: Any, *needs: str
+) -> Relation:
     return Relation(
         name=name, change=change, promise=promise, applies=applies, transform=partial(_transform, name), needs=needs
     )
@@ -217,7 +220,7 @@ def _relation(name: str, change: str, promise: Literal["deterministic"] | None, 
 
 RELATIONS = (
     _relation("value_sign", "-V", "deterministic", _always),
-    _relation("row_order", "the rows in another order", "deterministic", _several_rows),
+    _relation("row_order", "the rows in another order", "batch_invariant", _several_rows),
     _relation("repeat", "the very same inputs once more", "deterministic", _always),
     _relation("state_order", "the states in another order", None, _several_states),
     _relation("split", "half of the states merged first, then the others", None, _can_be_split, "out", "lse"),

@@ -12,7 +12,7 @@ from attention_cases import draws
 from hypothesis import given
 
 from kerneltest import discovery
-from kerneltest.model import BF16, FORMATS, FP32, Case, Size, encode
+from kerneltest.model import BF16, FORMATS, FP32, Case, Device, Size, encode
 from kerneltest.oracle.verdict import judge
 
 PACKAGE = f"{discovery.PACKAGE}.attention"
@@ -176,6 +176,19 @@ def test_cases_can_be_and_forms_come_back(name: str) -> None:
 def test_impossible_arithmetic_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge.MergeNumerics(**({"out": FP32, "lse_base": "2"} | change))
+
+
+def test_rows_in_another_order_keep_their_bits_only_where_that_is_promised() -> None:
+    row_order = merge.merge_states.relation("row_order")
+    axes = merge.MergeStates(rows=7, states=17, heads=3, head_dim=256, dtype="float16")
+    # A case in which torch's exp2 gave the last row other bits than the first.
+    case = Case(operator="merge_states", axes=axes, inputs="generic", seed=802419039, relation="row_order")
+    cpu = Device(kind="cpu", ordinal=0, name="cpu", sm=(0, 0), units=1)
+    promised = {}
+    for file in ("torch_merge", "flashinfer_cascade"):
+        kernel = importlib.import_module(f"{PACKAGE}.{file}").merge_several
+        promised[file] = kernel.keeps_bits(row_order, kernel.numerics(case, cpu))
+    assert promised == {"torch_merge": False, "flashinfer_cascade": True}
 
 
 def test_two_states_are_two() -> None:
