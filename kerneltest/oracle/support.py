@@ -110,12 +110,12 @@ def nucleus(above: MassAbove, p: torch.Tensor, *, error: torch.Tensor, p_error: 
 def top_k(values: torch.Tensor, k: torch.Tensor, *, ties: Ties, blur: float = 0.0, flushes: bool = False) -> Support:
     """The ``k`` [rows, 1] largest of float64 ``values`` [rows, V]; -Inf is a value like any other.
 
-    ``blur``: as in :func:`mass_above`, for values that are not negative and ties that are kept. ``flushes``: the kernel
+    ``blur``: as in :func:`mass_above`, for values that are not negative. ``flushes``: the kernel
     compares subnormal numbers as zeros, so that it may keep more of them.
     """
     support = _top_k(values, k, ties)
     if blur > 0:
-        support = _top_k_blurred(values, k, blur)
+        support = _top_k_blurred(values, k, ties, blur)
     if flushes and bool((tiny := (values != 0) & (values.abs() < FLUSHED)).any()):
         blind = _top_k(torch.where(tiny, 0.0, values), k, ties)
         support = Support(sure=support.sure, possible=support.possible | blind.possible)
@@ -140,13 +140,26 @@ def _top_k(values: torch.Tensor, k: torch.Tensor, ties: Ties) -> Support:
     return Support(sure=_back(sure, order.indices), possible=_back(possible, order.indices))
 
 
-def _top_k_blurred(values: torch.Tensor, k: torch.Tensor, blur: float) -> Support:
+def _top_k_blurred(values: torch.Tensor, k: torch.Tensor, ties: Ties, blur: float) -> Support:
+    """The same for values that may have changed places with their neighbours; those that are equal stay equal."""
     order = torch.sort(values, dim=-1, descending=True, stable=True)
     ascending = -order.values
     clearly = torch.searchsorted(ascending, ascending * (1 + blur), right=False)
     perhaps = torch.searchsorted(ascending, ascending * (1 - blur), right=True)
-    own = torch.searchsorted(ascending, ascending, right=True) - torch.searchsorted(ascending, ascending, right=False)
-    return Support(sure=_back(perhaps - own < k, order.indices), possible=_back(clearly < k, order.indices))
+    above = torch.searchsorted(ascending, ascending, right=False)
+    up_to = torch.searchsorted(ascending, ascending, right=True)
+    position = torch.arange(values.shape[-1], device=values.device)
+    # Of its equals, itself included: how many go before it at least, and how many do not for certain.
+    match ties:
+        case "kept":
+            before, behind = torch.zeros_like(above), up_to - above
+        case "any":
+            before, behind = torch.zeros_like(above), torch.ones_like(above)
+        case "index":
+            before, behind = position - above, up_to - position
+        case "reverse":
+            before, behind = up_to - 1 - position, position - above + 1
+    return Support(sure=_back(perhaps - behind < k, order.indices), possible=_back(clearly + before < k, order.indices))
 
 
 def min_p(probs: torch.Tensor, share: torch.Tensor, *, flushes: bool = False) -> Support:

@@ -87,11 +87,12 @@ def top_p_semantics(case: Case[Rows], device: Device, *, deterministic: bool) ->
     )
 
 
-def launch_top_k(call: Call, *, deterministic: bool) -> dict[str, torch.Tensor]:
-    """Top-k, renormalised. Releases without a parameter for it have no order of their sums."""
+def launch_top_k(call: Call) -> dict[str, torch.Tensor]:
+    """Top-k, renormalised; its sums have an order in releases with a parameter for it, and elsewhere any."""
     from flashinfer import sampling
 
-    more = {"is_deterministic": True} if deterministic else {}
+    unordered = missing(MODULE, "top_k_renorm_probs", "is_deterministic")
+    more = {} if unordered else {"is_deterministic": True}
     return {"renorm_probs": sampling.top_k_renorm_probs(call.inputs["probs"], parameter(call, "top_k"), **more)}
 
 
@@ -181,18 +182,10 @@ top_p_deterministic = _top_p("top_p_renorm[deterministic]", deterministic=True)
 top_k_default = kernel(
     "top_k_renorm",
     top_k_renorm,
-    partial(launch_top_k, deterministic=False),
+    launch_top_k,
     numerics=top_k_semantics,
     unsupported=refusal("top_k_renorm_probs", "top_k"),
     deterministic=False,
-    contract=PLAIN,
-)
-top_k_deterministic = kernel(
-    "top_k_renorm[deterministic]",
-    top_k_renorm,
-    partial(launch_top_k, deterministic=True),
-    numerics=top_k_semantics,
-    unsupported=refusal("top_k_renorm_probs", "is_deterministic"),
     contract=PLAIN,
 )
 mask = kernel(

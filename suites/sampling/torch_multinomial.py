@@ -53,6 +53,8 @@ torch_softmax = Kernel(
     operator=softmax,
     launch=checked(launch_softmax),
     numerics=softmax_numerics,
+    # Seen on an H100 with 16385 columns: the same row came out with other bits in another place of the batch.
+    inexact={"row_permutation": "on CUDA the sums of a row depend on the alignment of its first element"},
     contract=LaunchContract(captured="values"),
 )
 from_probs = Kernel(

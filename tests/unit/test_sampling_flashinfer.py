@@ -57,11 +57,7 @@ def test_adapter_is_understood_and_its_semantics_are_those_of_the_library(name: 
             assert judge(outputs[output], budget).ok
 
     check()
-    if name == "flashinfer.top_k_renorm[deterministic]":
-        # The parameter came later than 0.6.18.
-        assert ran == []
-    else:
-        assert len(ran) >= 10
+    assert len(ran) >= 10
 
 
 def test_a_parameter_that_a_later_release_has_is_used_then(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +68,9 @@ def test_a_parameter_that_a_later_release_has_is_used_then(library: Any, monkeyp
         return fake_flashinfer.top_k_renorm_probs(probs, top_k)
 
     monkeypatch.setattr(library, "top_k_renorm_probs", top_k_renorm_probs)
-    one = case("top_k_renorm", top_k=3)
-    for name, word in (("flashinfer.top_k_renorm", False), ("flashinfer.top_k_renorm[deterministic]", True)):
-        kernel = kernels()[name]
-        assert kernel.unsupported(one, H200) is None
-        kernel.launch(call(kernel, one))
-        assert asked.pop() is word
+    kernel, one = kernels()["flashinfer.top_k_renorm"], case("top_k_renorm", top_k=3)
+    kernel.launch(call(kernel, one))
+    assert asked == [True]
 
 
 def test_release_without_a_function_is_refused_with_a_reason(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,24 @@ def test_blur_takes_neighbours_for_equals_but_equals_for_what_they_are() -> None
 )
 def test_top_k(k: int, ties: Ties, sure: list[int], possible: list[int]) -> None:
     assert tokens(top_k(PROBS, torch.tensor([[k]]), ties=ties)) == (sure, possible)
+    # Nothing else is so near that a blur of this size could take it for an equal.
+    assert tokens(top_k(PROBS, torch.tensor([[k]]), ties=ties, blur=1e-7)) == (sure, possible)
+
+
+@pytest.mark.parametrize(
+    ("ties", "sure", "possible"),
+    [
+        ("kept", [2], [0, 1, 2, 3]),
+        ("index", [2], [0, 2, 3]),
+        ("reverse", [2], [1, 2, 3]),
+        ("any", [2], [0, 1, 2, 3]),
+    ],
+)
+def test_top_k_of_blurred_values_leaves_open_what_neighbours_may_do(
+    ties: Ties, sure: list[int], possible: list[int]
+) -> None:
+    values = torch.tensor([[0.2, 0.2, 0.5, 0.2 * (1 + 1e-8), 0.1]], dtype=torch.float64)
+    assert tokens(top_k(values, torch.tensor([[2]]), ties=ties, blur=1e-7)) == (sure, possible)
 
 
 def test_top_k_that_flushes_may_keep_more_subnormal_numbers() -> None:
