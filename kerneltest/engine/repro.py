@@ -17,8 +17,8 @@ EXPECTED_FORM = (
 
 
 def slug(kernel: str) -> str:
-    """A kernel's name as a folder's: brackets would read as parametrisation in a node id."""
-    return kernel.replace("[", "-").replace("]", "").replace("/", "-")
+    """A kernel's name as a folder's: brackets would read as parametrisation in a node id, a blank ends a word."""
+    return kernel.replace("[", "-").replace("]", "").replace("/", "-").replace(" ", "-")
 
 
 def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
