@@ -114,9 +114,14 @@ class Staged:
         self._buffers: dict[str, torch.Tensor] = {}
         self.live: dict[str, torch.Tensor] = {}
         self._first_page: dict[str, int] = {}
+        if paging:
+            # One table for all of them: the tensor of the smallest pages says how far off the first one is.
+            sizes = [materials.inputs[name][0].numel() for name in paging.pages if materials.inputs[name].numel()]
+            first = FAR_ELEMENTS // min(sizes) + 1 if sizes else 0
+            if sizes:
+                self._first_page[paging.table] = first
         for name, value in materials.inputs.items():
             if paging and name in paging.pages and value.numel():
-                first = self._first_page[paging.table] = FAR_ELEMENTS // value[0].numel() + 1
                 shape = (first + value.shape[0], *value.shape[1:])
                 self._buffers[name] = arena.far(name, shape, value.dtype, first)
                 self.live[name] = self._buffers[name][first:]

@@ -82,6 +82,8 @@ triton_decode = Kernel(
     operator=mla_paged_attention,
     launch=launch,
     numerics=numerics,
+    # Each row of a tile is summed by itself on a GPU; but the promise is the kernel's, wherever it runs.
+    inexact={"head_permutation": "where it is interpreted, BLAS may add up each row of a tile differently"},
     specialisation=specialisation,
     contract=LaunchContract(
         captured="lengths",

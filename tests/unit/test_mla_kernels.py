@@ -15,7 +15,9 @@ import pytest
 import torch
 from mla_cases import CPU, OPERATORS, axes, case, module
 
-from kerneltest.model import Call, Case, Device, Unsupported
+from kerneltest.model import Call, Case, Device, Guard, Pattern, Place, Unsupported
+from kerneltest.worker.memory import Memory
+from kerneltest.worker.staging import Staged
 
 adapter, torch_gather, torch_layer = module("flashinfer"), module("torch_gather"), module("torch_layer")
 H200 = Device(kind="cuda", ordinal=0, name="NVIDIA H200", sm=(9, 0), units=132)
@@ -167,6 +169,25 @@ def test_wrong_calls_are_told_what_is_wrong(kernel: Any) -> None:
     louder = replace(call, case=replace(one, axes=replace(one.axes, sm_scale=float("nan"))))
     with pytest.raises(ValueError, match="sm_scale must be finite, got nan"):
         kernel.launch(louder)
+
+
+def test_pages_that_are_far_away_are_equally_far_in_both_caches() -> None:
+    """One page table indexes latents and rotated keys, whose pages are not equally large."""
+    memory = Memory(CPU)
+    if memory.guards is not None:
+        pytest.skip(memory.guards)
+    one = case((1, 20), (1, 3), dims=axes.DEEPSEEK)
+    kernel, fills = torch_gather.gather, dict.fromkeys(Place, Pattern.ZERO)
+    with memory.arena(Guard.NONE) as arena:
+        made = kernel.operator.materialize(one)
+        staged = Staged(kernel, one, made, CPU, arena, fills, far=True)
+        inputs = staged.inputs
+        assert len(inputs["ckv_pages"]) == len(inputs["kpe_pages"])
+        table = inputs["kv_indices"].long()
+        for name in ("ckv_pages", "kpe_pages"):
+            # The first page is full; of others some slots are dead, and filled.
+            assert torch.equal(inputs[name][table[0]], made.inputs[name][int(made.inputs["kv_indices"][0])])
+            assert int(table.min()) * inputs[name][0].numel() > 2**32
 
 
 INTERPRETED = """
