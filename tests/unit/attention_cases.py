@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,6 +41,16 @@ def case(*lengths: tuple[int, int], inputs: str = "generic", seed: int = 0, **ax
     return Case(
         operator="paged_prefill", axes=PagedPrefill(requests=requests, **DEFAULTS | axes), inputs=inputs, seed=seed
     )
+
+
+def without_options(case: Case[Any]) -> Case[Any]:
+    """The case with all that has a default at it, but for the scale that its inputs may need."""
+    plain = {
+        field.name: field.default
+        for field in dataclasses.fields(case.axes)
+        if field.default is not dataclasses.MISSING and field.name != "sm_scale"
+    }
+    return dataclasses.replace(case, axes=dataclasses.replace(case.axes, **plain), relation="")
 
 
 def draws(count: int) -> settings:
