@@ -39,6 +39,9 @@ class ReportListener:
         data = getattr(report, "kerneltest", None)
         if data is not None:
             self._kernels.append(decode(KernelRecord, data))
+            if self._config.option.kernel_json:
+                # After each kernel: a run that is ended from outside, by a time limit, keeps what it knows.
+                self._write_summary(self.run())
         elif report.failed:
             reason = str(report.longrepr).strip()
             self._unchecked.append(Unchecked(what=report.nodeid, why=reason))
@@ -73,14 +76,18 @@ class ReportListener:
 
     def _write(self, run: RunRecord) -> list[tuple[str, Path]]:
         from kerneltest.report.html import html
-        from kerneltest.report.summary import summary
 
         option = self._config.option
         report = Path(option.kernel_report or self._config.rootpath / DEFAULT_REPORT)
         written = [("report", _write(report, html(run)))]
         if option.kernel_json:
-            written.append(("summary", _write(Path(option.kernel_json), summary(run))))
+            written.append(("summary", self._write_summary(run)))
         return written
+
+    def _write_summary(self, run: RunRecord) -> Path:
+        from kerneltest.report.summary import summary
+
+        return _write(Path(self._config.option.kernel_json), summary(run))
 
 
 def _write(path: Path, text: str) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kerneltest import discovery
-from kerneltest.engine.pool import WorkerFailed, WorkerPool
+from kerneltest.engine.pool import WorkerFailed, WorkerPool, threads
 from kerneltest.model import Outcome, Start, Status
 
 if TYPE_CHECKING:
@@ -251,3 +251,9 @@ def test_a_worker_that_cannot_start_says_why(
         == "the worker process could not start: exit status 127\n  libcuda.so.1: cannot open shared object"
     )
     assert own_children() == before
+
+
+def test_workers_side_by_side_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert [threads(environment) for environment in ({}, {"PYTEST_XDIST_WORKER_COUNT": "3"})] == [16, 5]
+    assert threads({"PYTEST_XDIST_WORKER_COUNT": "40"}) == 1

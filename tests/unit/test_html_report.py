@@ -6,6 +6,8 @@ import json
 import re
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +23,10 @@ from kerneltest.model import (
     Status,
     StepRecord,
     Unchecked,
+    encode,
 )
 from kerneltest.report.html import html
-from kerneltest.report.listener import _lines
+from kerneltest.report.listener import ReportListener, _lines
 from kerneltest.report.summary import summary
 
 FIXTURE = "fixtures/lib.attend-fa2/StaleState-1a2b3c4d/case.json"
@@ -529,3 +532,15 @@ def test_summary_of_sequences():
         ],
         [],
     ]
+
+
+def test_a_summary_is_there_after_each_kernel_for_a_run_that_is_cut_off(tmp_path: Path) -> None:
+    option = SimpleNamespace(kernel_json=str(tmp_path / "s.json"), kernel_profile="quick", kernel_seed=1)
+    config = SimpleNamespace(option=option, invocation_params=SimpleNamespace(args=("-q",)))
+    listener = ReportListener(config)  # type: ignore[arg-type]
+    for count, name in enumerate(("one", "two"), 1):
+        record = KernelRecord(name=name, suite="mine", verdict=Conclusion.GREEN, seconds=1.0)
+        listener.pytest_runtest_logreport(SimpleNamespace(kerneltest=encode(record), failed=False))  # type: ignore[arg-type]
+        kernels = json.loads((tmp_path / "s.json").read_text())["kernels"]
+        assert len(kernels) == count
+        assert kernels[-1]["name"] == name
