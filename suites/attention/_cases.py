@@ -163,11 +163,42 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
     return draw_case()
 
 
+# What belongs together in one step: one without the other may be no case, or no module that anybody has.
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {"dtype": COMMON.dtype, "head_dim": COMMON.head_dim, "head_dim_vo": COMMON.head_dim_vo},
+    {"head_dim": COMMON.head_dim, "head_dim_vo": COMMON.head_dim_vo},
+    {"mask": "none", "packed_mask": False},
+    {"kv_dtype": "same", "k_scale": 1.0, "v_scale": 1.0},
+)
+SIMPLEST: dict[str, Any] = {
+    "window_left": -1,
+    "softcap": 0.0,
+    "packed_mask": False,
+    "k_scale": 1.0,
+    "v_scale": 1.0,
+    "fixed_split_size": 0,
+    "disable_split_kv": False,
+    "layout": "NHD",
+    "strided_q": False,
+    "kv_heads": KV_HEADS[0],
+    "group": GROUPS[0],
+    "page_size": PAGE_SIZES[0],
+    "causal": False,
+    "shuffled": False,
+    "spare_pages": 0,
+}
+
+
 def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     """The case with one request less, or one number at its simplest value."""
     axes = case.axes
     if case.relation:
         yield replace(case, relation="")
+    # All at once, for what needs nothing but its requests: where each step costs a worker, they are too many.
+    everything = {name: value for step in (*TOGETHER, SIMPLEST) for name, value in step.items()}
+    plainest = replace(case, inputs=INPUTS[0].name, seed=0, axes=replace(axes, **everything, sm_scale=None))
+    if plainest != case:
+        yield plainest
 
     def with_requests(requests: list[Request]) -> Case[PagedPrefill]:
         return replace(case, axes=replace(axes, requests=tuple(requests)))
@@ -183,34 +214,10 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
         ):
             if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
                 yield with_requests([*before, shorter, *after])
-    # What belongs together in one step: one without the other may be no case, or no module that anybody has.
-    steps: tuple[dict[str, Any], ...] = (
-        {"dtype": COMMON.dtype, "head_dim": COMMON.head_dim, "head_dim_vo": COMMON.head_dim_vo},
-        {"head_dim": COMMON.head_dim, "head_dim_vo": COMMON.head_dim_vo},
-        {"mask": "none", "packed_mask": False},
-        {"kv_dtype": "same", "k_scale": 1.0, "v_scale": 1.0},
-    )
-    for together in steps:
+    for together in TOGETHER:
         if any(getattr(axes, name) != value for name, value in together.items()):
             yield replace(case, axes=replace(axes, **together))
-    simplest: dict[str, Any] = {
-        "window_left": -1,
-        "softcap": 0.0,
-        "packed_mask": False,
-        "k_scale": 1.0,
-        "v_scale": 1.0,
-        "fixed_split_size": 0,
-        "disable_split_kv": False,
-        "layout": "NHD",
-        "strided_q": False,
-        "kv_heads": KV_HEADS[0],
-        "group": GROUPS[0],
-        "page_size": PAGE_SIZES[0],
-        "causal": False,
-        "shuffled": False,
-        "spare_pages": 0,
-    }
-    for name, value in simplest.items():
+    for name, value in SIMPLEST.items():
         if getattr(axes, name) != value:
             yield replace(case, axes=replace(axes, **{name: value}))
     if case.inputs != INPUTS[0].name or axes.sm_scale is not None:
@@ -223,7 +230,8 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
         before, after = axes.requests[:number], axes.requests[number + 1 :]
         for shorter in (
             replace(request, qo_len=-(-request.qo_len // 2)),
-            replace(request, kv_len=max(request.kv_len // 2, 1)),
+            # By a half, a quarter and an eighth: a step of one at a time may be a worker at a time.
+            *(replace(request, kv_len=max(request.kv_len - request.kv_len // part, 1)) for part in (2, 4, 8)),
             replace(request, kv_len=max(request.kv_len - 1, 1)),
         ):
             if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
