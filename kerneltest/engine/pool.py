@@ -121,7 +121,8 @@ class _Process:
         package = str(Path(__file__).parents[2])
         paths = [*map(str, libraries.values()), package, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        environment.setdefault("OMP_NUM_THREADS", str(threads(environment)))
+        if (share := threads(environment)) is not None:
+            environment.setdefault("OMP_NUM_THREADS", str(share))
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "kerneltest.worker"],
             stdin=subprocess.PIPE,
@@ -201,12 +202,13 @@ class _Process:
         return (*before[-STDERR_LINES:], *trace[: own[0] if own else STDERR_LINES])
 
 
-def threads(environment: Mapping[str, str]) -> int:
-    """A worker's share of the machine's threads, of how many others pytest-xdist says there are.
+def threads(environment: Mapping[str, str]) -> int | None:
+    """A worker's share of the threads where pytest-xdist says that there are others; None: as many as it likes.
 
     With all of them for each, workers wait for each other's: 15 workers on 16 cores ran a tenth of the cases.
     """
-    return max(1, (os.cpu_count() or 1) // int(environment.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+    others = environment.get("PYTEST_XDIST_WORKER_COUNT")
+    return None if others is None else max(1, (os.cpu_count() or 1) // int(others))
 
 
 class WorkerPool:

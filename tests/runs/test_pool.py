@@ -255,5 +255,6 @@ def test_a_worker_that_cannot_start_says_why(
 
 def test_workers_side_by_side_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 16)
-    assert [threads(environment) for environment in ({}, {"PYTEST_XDIST_WORKER_COUNT": "3"})] == [16, 5]
-    assert threads({"PYTEST_XDIST_WORKER_COUNT": "40"}) == 1
+    counts = (None, "3", "40")
+    environments = [{} if count is None else {"PYTEST_XDIST_WORKER_COUNT": count} for count in counts]
+    assert [threads(environment) for environment in environments] == [None, 5, 1]
