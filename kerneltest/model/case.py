@@ -31,14 +31,14 @@ class Case(Generic[A]):
     guard: Guard = Guard.NONE
 
     def __str__(self) -> str:
-        said = _said(self)
-        operator, axes = said.pop("operator"), said.pop("axes")
-        return f"{operator}({', '.join(f'{name}={_compact(value)}' for name, value in (axes | said).items())})"
+        words = said(self)
+        operator, axes = words.pop("operator"), words.pop("axes")
+        return f"{operator}({', '.join(f'{name}={_compact(value)}' for name, value in (axes | words).items())})"
 
     @property
     def id(self) -> str:
         """Eight hexadecimal digits that depend on nothing but the content."""
-        text = json.dumps(_said(self), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(said(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @classmethod
@@ -65,13 +65,13 @@ class _RawCase:
     guard: Guard = Guard.NONE
 
 
-def _said(value: object) -> Any:
+def said(value: object) -> Any:
     """The JSON form without what holds its default: a field that comes later leaves the ids of older cases alone."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {field.name: _said(held) for field, held in fields if held != field.default}
+        return {field.name: said(held) for field, held in fields if held != field.default}
     if isinstance(value, (tuple, list)):
-        return [_said(item) for item in value]
+        return [said(item) for item in value]
     return encode(value)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
-from kerneltest.model.case import Case
+from kerneltest.model.case import Case, said
 from kerneltest.model.codec import DecodeError, decode, encode
 from kerneltest.model.poison import Pattern, Place
 
@@ -311,7 +311,8 @@ class LaunchSequence:
     @property
     def id(self) -> str:
         """Eight hexadecimal digits that depend on nothing but the content."""
-        text = json.dumps([self.case.id, self.to_json()], sort_keys=True, separators=(",", ":"))
+        steps = [[step.kind, said(step)] for step in self.steps]
+        text = json.dumps([self.case.id, steps, self.plan_first], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property

@@ -16,11 +16,18 @@ from kerneltest import discovery
 if TYPE_CHECKING:
     from user_project import Project, Run
 
-ATTENTION = [
+PREFILL = [
     "flashinfer.py::flashinfer.paged_prefill[fa2]",
     "flashinfer.py::flashinfer.paged_prefill[fa3]",
+    "torch_eager.py::torch.paged_prefill[eager]",
     "torch_sdpa.py::torch.paged_prefill[sdpa]",
     "triton_paged.py::triton.paged_prefill[online]",
+]
+# A kernel of each of the plugin's own suites.
+SUITES = [
+    "torch_sdpa.py::torch.paged_prefill[sdpa]",
+    "torch_gather.py::torch.mla_paged_attention[gather]",
+    "torch_sort.py::torch.top_p_sampling[sort]",
 ]
 OWN = [
     "suites/mine/mine.py::mine.first",
@@ -65,7 +72,7 @@ def tails(ids: list[str]) -> list[str]:
 REFUSED = {
     "unknown suite": (
         "--kernel-suite=mine,nope",
-        "--kernel-suite: unknown value 'nope'; valid: all, attention, mine, other",
+        "--kernel-suite: unknown value 'nope'; valid: all, attention, mine, mla, other, sampling",
     ),
     "unknown profile": (
         "--kernel-profile=slow",
@@ -165,15 +172,15 @@ def test_all_takes_the_suites_of_the_project_and_those_of_the_plugin(project: Pr
         PYTHONPATH=installed,
     )
     assert everything[:3] == OWN
-    assert tails(everything[3:]) == ATTENTION
+    assert set(SUITES) < set(tails(everything[3:]))
     assert tails(selected) == ["torch_sdpa.py::torch.paged_prefill[sdpa]"]
 
 
 def test_a_listed_node_id_of_an_installed_suite_selects_its_item_alone(project: Project, installed: str) -> None:
-    (ids,) = collect(project, ["--kernel-suite=attention"], PYTHONPATH=installed)
-    assert tails(ids) == ATTENTION
+    (ids,) = collect(project, ["--kernel-suite=attention", "-k", "paged_prefill"], PYTHONPATH=installed)
+    assert tails(ids) == PREFILL
     found = collect(project, *(["--kernel-suite=attention", node_id] for node_id in ids), PYTHONPATH=installed)
-    assert [tails(one) for one in found] == [[name] for name in ATTENTION]
+    assert [tails(one) for one in found] == [[name] for name in PREFILL]
 
 
 def test_installed_suites_of_one_file_name_have_different_node_ids(project: Project, installed: str) -> None:
@@ -196,8 +203,8 @@ def test_installed_suites_of_one_file_name_have_different_node_ids(project: Proj
 
 def test_the_suites_of_this_installation_are_found_from_another_folder(project: Project) -> None:
     """As above, but with kerneltest as it lies here: in a checkout, unless the wheel is what is being tested."""
-    (ids,) = collect(project, ["--kernel-suite=attention"])
-    assert tails(ids) == ATTENTION
+    (ids,) = collect(project, ["--kernel-suite=attention", "-k", "paged_prefill"])
+    assert tails(ids) == PREFILL
 
 
 def test_what_a_path_changes(project: Project) -> None:

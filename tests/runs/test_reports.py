@@ -173,6 +173,8 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
             "before",
             "kinds",
             "repeated",
+            "misuses",
+            "distribution",
             "verdict",
             "seconds",
         )

@@ -76,9 +76,26 @@ def test_the_id_depends_on_every_field_and_on_nothing_else() -> None:
         "shuffled": True,
         "spare_pages": 1,
         "sm_scale": 0.5,
+        "window_left": 3,
+        "softcap": 30.0,
+        "mask": "random",
+        "packed_mask": True,
+        "kv_dtype": "float8_e4m3fn",
+        "k_scale": 0.5,
+        "v_scale": 0.5,
+        "layout": "HND",
+        "strided_q": True,
+        "head_dim_vo": 32,
+        "fixed_split_size": 2,
+        "disable_split_kv": True,
     }
     assert set(axes) == {field.name for field in dataclasses.fields(PagedPrefill)}
-    others = [dataclasses.replace(plain, axes=dataclasses.replace(plain.axes, **{k: v})) for k, v in axes.items()]
+    # What one without the other would make no case of.
+    needed = {"mask": {"causal": False}, "packed_mask": {"causal": False, "mask": "tree"}}
+    others = [
+        dataclasses.replace(plain, axes=dataclasses.replace(plain.axes, **{k: v}, **needed.get(k, {})))
+        for k, v in axes.items()
+    ]
     others += [
         dataclasses.replace(plain, **{k: v})
         for k, v in {"operator": "x", "inputs": "count", "seed": 8, "relation": "split"}.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +17,8 @@ from kerneltest.model import Case, Device, Status
 from kerneltest.worker.execute import execute
 from kerneltest.worker.rig import Rig
 
-# Before the first kernel is made.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Whether Triton interprets is decided when it is imported: its kernel is tested in a process of its own.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MODULES = {
     name: importlib.import_module(f"{discovery.PACKAGE}.attention.{name}")
     for name in ("torch_eager", "torch_sdpa", "triton_paged")
@@ -82,7 +84,7 @@ def of(option: str, inputs: str = "generic") -> Case[Any]:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["triton"] if INTERPRETED else ["eager", "sdpa"])
 @pytest.mark.parametrize("inputs", ["generic", "needle"])
 def test_an_option_is_heeded_or_refused(kernel: str, option: str, inputs: str) -> None:
     outcome = execute(KERNELS[kernel], of(option, inputs), Rig(CPU))
@@ -93,6 +95,20 @@ def test_an_option_is_heeded_or_refused(kernel: str, option: str, inputs: str) -
         assert outcome.status is Status.UNSUPPORTED
         assert outcome.reason is not None
         assert outcome.reason.startswith(reason)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the other process")
+def test_the_interpreted_kernel_heeds_or_refuses_them_as_well() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "heeded_or_refused", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{2 * len(OPTIONS)} passed" in done.stdout
 
 
 def test_a_kernel_that_knows_no_option_refuses_each_of_them() -> None:

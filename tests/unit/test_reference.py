@@ -140,7 +140,11 @@ def test_dead_slots_cannot_matter(case: Case[Any]) -> None:
     for poison in (math.nan, math.inf, -3e38):
         inputs = {name: tensor.clone() for name, tensor in materials.inputs.items()}
         for dead in materials.dead:
-            inputs[dead.tensor][dead.mask] = poison
+            live = inputs[dead.tensor]
+            # By way of fp32: torch fills nothing of 8 bits.
+            filled = live.float()
+            filled[dead.mask] = poison
+            inputs[dead.tensor] = filled.to(live.dtype)
         terms = terms_of(case, inputs)
         for name in TENSORS:
             assert torch.equal(getattr(terms, name), getattr(expected, name)), name
@@ -216,7 +220,13 @@ def test_spread_agrees_with_numpy(case: Case[Any]) -> None:
             only["v_pages"] = tensors.as_laid_out(case.axes, there * values)
             moved = terms_of(case, only).out - (weight.unsqueeze(-1) * terms.out if centred else 0)
             expected += (moved * filters).sum(-1).square()
-        assert torch.allclose(terms.spread(filters, centred), expected.sqrt(), rtol=1e-10, atol=1e-12)
+        # v - o cancels where one key has all the weight: what float64 leaves of it is a share of v.
+        cancelled = 1e-15 * (terms.abs_out * filters.abs()).sum(-1)
+        assert bool(
+            (
+                (terms.spread(filters, centred) - expected.sqrt()).abs() <= 1e-10 * expected.sqrt() + 1e-12 + cancelled
+            ).all()
+        )
 
 
 def test_fifty_digits() -> None:
