@@ -181,7 +181,7 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
     ]
     assert [list(kernel) for kernel in run["kernels"]] == [kernel_keys] * 3
     failure_keys = [
-        *("kernel", "kind", "culprit", "what", "steps", "case", "fixture", "replay"),
+        *("kernel", "kind", "culprit", "what", "steps", "misuse", "case", "fixture", "replay"),
         *("seconds_to_find", "seconds_to_shrink"),
     ]
     assert [list(failure) for failure in run["failures"]] == [failure_keys]
