@@ -6,8 +6,8 @@ PIP := $(VENV)/bin/pip install --disable-pip-version-check --quiet --constraint 
 
 .PHONY: hunt test test-gpu power check clean
 
-hunt: $(VENV)/.hunt  ## hunt the attention kernels on whatever device is here, and say where the report is
-	$(PYTEST) --kernel-suite=attention
+hunt: $(VENV)/.hunt  ## hunt the attention kernels on whatever device is here, quickly, and say where the report is
+	$(PYTEST) --kernel-suite=attention --kernel-profile=quick
 
 test: $(VENV)/.dev  ## the tests of kerneltest itself, and every bug ever found, replayed
 	$(PYTEST) fixtures -rs
