@@ -13,8 +13,9 @@ from kerneltest.engine.casting import Cast, Neighbours, assemble
 from kerneltest.engine.chase import Chase, draw
 from kerneltest.engine.guards import blamed_on_the_guard, named, out_of_bounds
 from kerneltest.engine.hunt import CONFIRMATIONS, Caught, Target, Trail, opinions
+from kerneltest.engine.job import Company
 from kerneltest.engine.ledger import LAUNCH, Ledger
-from kerneltest.engine.pool import Company, Runner
+from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
 from kerneltest.engine.programs import plainer, sequences, step_of
 from kerneltest.model import (
@@ -115,13 +116,9 @@ class _Company:
         self, runner: Runner, target: Target, case: Case[Any], company: Company, guarded: str | None = None
     ) -> Outcome:
         outcome = runner.run(
-            target.kernel,
-            target.source,
-            case,
+            target.job(case, company=company, guarded=guarded),
             deadline=PLAYS * self.profile.deadline,
             cold=self.profile.cold_deadline,
-            company=company,
-            guarded=guarded,
         )
         self.launches += outcome.launches
         return outcome

@@ -56,14 +56,9 @@ class _Hunt:
 
     def draw(self, case: Case[Any], evidence: Evidence, draws: int, seconds: float) -> Outcome:
         """Draw on from the evidence in the worker."""
-        outcome = self.runner.run(
-            self.target.kernel,
-            self.target.source,
-            case,
-            deadline=self.profile.deadline + seconds,
-            cold=self.profile.cold_deadline + seconds,
-            series=Series(evidence=evidence, draws=draws, seconds=seconds, limit=LIMIT),
-        )
+        series = Series(evidence=evidence, draws=draws, seconds=seconds, limit=LIMIT)
+        deadline, cold = (limit + seconds for limit in (self.profile.deadline, self.profile.cold_deadline))
+        outcome = self.runner.run(self.target.job(case, series=series), deadline=deadline, cold=cold)
         self.launches += outcome.launches
         return outcome
 

@@ -13,6 +13,7 @@ from hypothesis import target as breed_for
 
 from kerneltest.engine.chase import Chase, draw
 from kerneltest.engine.guards import blamed_on_the_guard, guarded, named
+from kerneltest.engine.job import Job
 from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
 from kerneltest.model import (
@@ -40,6 +41,10 @@ class Target:
     kernel: Kernel
     source: Path
     peers: tuple[Target, ...] = ()
+
+    def job(self, case: Case[Any], **more: Any) -> Job:
+        """What a worker is asked for, to run a case of the kernel; ``more``: the other fields of a :class:`Job`."""
+        return Job(kernel=self.kernel, source=self.source, case=case, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,15 +158,9 @@ class _Hunt:
         return blamed_on_the_guard(outcome, case, self.chase.prey, self._ask)
 
     def _ask(self, case: Case[Any], peer: Target | None = None, guarded: str | None = None) -> Outcome:
-        outcome = self.runner.run(
-            self.target.kernel,
-            self.target.source,
-            case,
-            peer=(peer.kernel, peer.source) if peer else None,
-            deadline=self.deadline,
-            cold=self.profile.cold_deadline,
-            guarded=guarded,
-        )
+        beside = (peer.kernel, peer.source) if peer else None
+        job = self.target.job(case, peer=beside, guarded=guarded)
+        outcome = self.runner.run(job, deadline=self.deadline, cold=self.profile.cold_deadline)
         self.launches += outcome.launches
         return outcome
 
@@ -307,10 +306,7 @@ def _catch(state: _Hunt, case: Case[Any], finding: Finding, confirmations: int) 
 def opinions(target: Target, runner: Runner, profile: Profile, case: Case[Any]) -> dict[str, Outcome]:
     """What the peers make of a case, by name."""
     cold = min(profile.cold_deadline, PEER_PATIENCE)
-    return {
-        peer.kernel.name: runner.run(peer.kernel, peer.source, case, deadline=profile.deadline, cold=cold)
-        for peer in target.peers
-    }
+    return {peer.kernel.name: runner.run(peer.job(case), deadline=profile.deadline, cold=cold) for peer in target.peers}
 
 
 def _record(case: Case[Any], outcome: Outcome) -> CaseRecord:

@@ -11,7 +11,8 @@ from typing import Any
 from kerneltest.engine.chase import draw
 from kerneltest.engine.guards import out_of_bounds
 from kerneltest.engine.hunt import Caught, Target, Trail
-from kerneltest.engine.pool import Bad, Runner
+from kerneltest.engine.job import Bad
+from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
 from kerneltest.model import (
     Case,
@@ -74,12 +75,9 @@ class _Hunt:
     def ask(self, case: Case[Any], misuse: Bad, patience: float = 1.0) -> Outcome:
         """Run a case that something is wrong with, or list what can be; in ``patience`` times its deadline."""
         outcome = self.runner.run(
-            self.target.kernel,
-            self.target.source,
-            case,
+            self.target.job(case, misuse=misuse),
             deadline=patience * self._deadline(misuse),
             cold=self.profile.cold_deadline,
-            misuse=misuse,
         )
         self.launches += outcome.launches
         if outcome.status is Status.PASSED:

@@ -17,25 +17,12 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from kerneltest.model import (
-    Case,
-    Finding,
-    Kernel,
-    LaunchSequence,
-    Misuse,
-    Outcome,
-    Run,
-    Series,
-    Start,
-    Started,
-    Status,
-    decode,
-    encode,
-)
+from kerneltest.engine.job import Job
+from kerneltest.model import Finding, Kernel, Outcome, Start, Started, Status, decode, encode
 
 # From the start of the process to its first answer: importing torch and compiling the poison kernels takes a while.
 START_DEADLINE = 300.0
@@ -45,36 +32,6 @@ LAST_WORDS_SECONDS = 0.2
 TRACE_STARTS = ("Fatal Python error", "Current thread", "Stack (most recent call first)")
 WORKER_FRAMES = os.path.join("kerneltest", "worker", "")
 SPARES = max(2, min(4, (os.cpu_count() or 1) // 2))
-
-
-# Another kernel, and the file that defines it.
-Peer = tuple[Kernel, Path]
-# What is wrong with a call, or only the question what can be.
-Bad = Misuse | Literal["list"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Company:
-    """What happens around a case: the steps, where the kernels that they name live, and what the case gives alone.
-
-    ``alone``: nothing happens around it, and nothing is wanted but the digest of its answer. ``suspect``: what a larger
-    sequence turned out to depend on.
-    """
-
-    sequence: LaunchSequence
-    neighbours: Mapping[str, Peer] = field(default_factory=dict)
-    fresh: str | None = None
-    alone: bool = False
-    suspect: str | None = None
-
-    def modules(self, kernel: Kernel) -> set[tuple[str, str]]:
-        """What has to be compiled for it."""
-        own = {(kernel.name, kernel.specialisation(case)) for case in self.sequence.cases}
-        theirs = {
-            (step.kernel, self.neighbours[step.kernel][0].specialisation(step.case))
-            for step in self.sequence.neighbours
-        }
-        return own | theirs
 
 
 class WorkerFailed(Exception):
@@ -94,20 +51,7 @@ class Runner(Protocol):
 
     @property
     def started(self) -> Started: ...
-    def run(
-        self,
-        kernel: Kernel,
-        source: Path,
-        case: Case[Any],
-        *,
-        deadline: float,
-        cold: float,
-        peer: Peer | None = None,
-        company: Company | None = None,
-        guarded: str | None = None,
-        misuse: Bad | None = None,
-        series: Series | None = None,
-    ) -> Outcome: ...
+    def run(self, job: Job, *, deadline: float, cold: float) -> Outcome: ...
     def close(self) -> None: ...
 
 
@@ -234,29 +178,14 @@ class WorkerPool:
         assert self._started is not None
         return self._started
 
-    def run(
-        self,
-        kernel: Kernel,
-        source: Path,
-        case: Case[Any],
-        *,
-        deadline: float,
-        cold: float,
-        peer: Peer | None = None,
-        company: Company | None = None,
-        guarded: str | None = None,
-        misuse: Bad | None = None,
-        series: Series | None = None,
-    ) -> Outcome:
-        """Run a case; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`.
+    def run(self, job: Job, *, deadline: float, cold: float) -> Outcome:
+        """Do a job; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`.
 
         ``cold`` is the deadline in seconds where something may have to be compiled first, ``deadline`` that of a warm
         worker. After a death a case that passed before is run again first: otherwise every new worker would
         allow the next hang the time of a compiler.
         """
-        module = (kernel.name, kernel.specialisation(case))
-        modules = {module} | ({(peer[0].name, peer[0].specialisation(case))} if peer else set())
-        modules |= company.modules(kernel) if company else set()
+        module, modules = job.module, job.modules
         worker = self._ready()
         if module not in worker.warm and module in self._passed:
             if isinstance(worker.ask(self._passed[module], cold), Death):
@@ -265,17 +194,18 @@ class WorkerPool:
             else:
                 worker.warm.add(module)
         begun = time.monotonic()
-        message = _message(kernel, source, case, peer, company, guarded, misuse, series)
-        answer = worker.ask(message, deadline if modules <= worker.warm else cold)
+        answer = worker.ask(job.message, deadline if modules <= worker.warm else cold)
         if isinstance(answer, Death):
             self._replace()
             seconds = time.monotonic() - begun
-            return Outcome(status=Status.FAILED, seconds=seconds, finding=_death(kernel, answer, seconds), fatal=True)
+            return Outcome(
+                status=Status.FAILED, seconds=seconds, finding=_death(job.kernel, answer, seconds), fatal=True
+            )
         outcome = decode(Outcome, answer)
         if outcome.launches:  # a case that was refused has compiled nothing
             worker.warm |= modules
-        if outcome.status is Status.PASSED and series is None:  # a single launch of it may be too large a case
-            self._passed.setdefault(module, _message(kernel, source, case))
+        if outcome.status is Status.PASSED and job.series is None:  # a single launch of it may be too large a case
+            self._passed.setdefault(module, job.bare.message)
         if outcome.fatal:
             worker.kill()
             self._replace()
@@ -316,59 +246,13 @@ class InProcess:
         self._worker = Worker()
         self.started = decode(Started, json.loads(json.dumps(self._worker.answer(encode(start)))))
 
-    def run(
-        self,
-        kernel: Kernel,
-        source: Path,
-        case: Case[Any],
-        *,
-        deadline: float,
-        cold: float,
-        peer: Peer | None = None,
-        company: Company | None = None,
-        guarded: str | None = None,
-        misuse: Bad | None = None,
-        series: Series | None = None,
-    ) -> Outcome:
-        """Run a case, however long it takes: nobody is there to watch ``deadline`` and ``cold``."""
+    def run(self, job: Job, *, deadline: float, cold: float) -> Outcome:
+        """Do a job, however long it takes: nobody is there to watch ``deadline`` and ``cold``."""
         del deadline, cold
-        message = _message(kernel, source, case, peer, company, guarded, misuse, series)
-        return decode(Outcome, json.loads(json.dumps(self._worker.answer(message))))
+        return decode(Outcome, json.loads(json.dumps(self._worker.answer(job.message))))
 
     def close(self) -> None:
         """Nothing to give back."""
-
-
-def _message(
-    kernel: Kernel,
-    source: Path,
-    case: Case[Any],
-    peer: Peer | None = None,
-    company: Company | None = None,
-    guarded: str | None = None,
-    misuse: Bad | None = None,
-    series: Series | None = None,
-) -> Any:
-    run = Run(
-        source=str(source),
-        kernel=kernel.name,
-        case=encode(case),
-        peer=(str(peer[1]), peer[0].name) if peer else None,
-        guarded=guarded,
-        misuse=misuse if isinstance(misuse, Misuse) else None,
-        misuses=misuse == "list",
-        series=series,
-    )
-    if company is not None:
-        run = replace(
-            run,
-            sequence=company.sequence.to_json(),
-            neighbours={name: str(path) for name, (_, path) in company.neighbours.items()},
-            fresh=company.fresh,
-            alone=company.alone,
-            suspect=company.suspect,
-        )
-    return encode(run)
 
 
 def _death(kernel: Kernel, death: Death, seconds: float) -> Finding:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kerneltest import discovery
+from kerneltest.engine.job import Job
 from kerneltest.engine.pool import WorkerPool
 from kerneltest.engine.profile import PROFILES
 from kerneltest.model import Case, Kernel, Start, Status, encode
@@ -130,7 +131,7 @@ def _tally(kernel: Kernel, source: Path, unit: Unit, seed: int, pool: WorkerPool
         return Tally(notes=(reason,))
     found, kinds, supported = Counter[str](), Counter[str](), 0
     for case in _draw(kernel, unit.trials, seed):
-        outcome = pool.run(kernel, source, case, deadline=DEADLINE, cold=COLD_DEADLINE)
+        outcome = pool.run(Job(kernel=kernel, source=source, case=case), deadline=DEADLINE, cold=COLD_DEADLINE)
         if outcome.status is Status.UNSUPPORTED:
             continue
         supported += 1

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kerneltest import discovery
+from kerneltest.engine.job import Job
 from kerneltest.engine.pool import WorkerPool
 from kerneltest.model import Case, Start, Status
 
@@ -83,7 +84,7 @@ def test_spinning_kernel_is_killed_and_the_device_is_free_again() -> None:
             "inputs": "generic",
             "seed": 0,
         }
-        return pool.run(kernel, FILE, Case.from_json(data, axes), deadline=5.0, cold=120.0)
+        return pool.run(Job(kernel=kernel, source=FILE, case=Case.from_json(data, axes)), deadline=5.0, cold=120.0)
 
     try:
         assert run(1).status is Status.PASSED

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kerneltest import discovery
+from kerneltest.engine.job import Job
 from kerneltest.engine.pool import WorkerFailed, WorkerPool, threads
 from kerneltest.model import Outcome, Start, Status
 
@@ -139,7 +140,9 @@ def pooled(new_project: Callable[[], Project], modules: None) -> Pooled:
 
     def run(label: str, kernel: str, seed: int, deadline: float = DEADLINE) -> None:
         begun = time.monotonic()
-        result.outcomes[label] = pool.run(kernels[kernel], source, case(seed), deadline=deadline, cold=COLD)
+        result.outcomes[label] = pool.run(
+            Job(kernel=kernels[kernel], source=source, case=case(seed)), deadline=deadline, cold=COLD
+        )
         result.seconds[label] = time.monotonic() - begun
 
     try:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import BATCH, hunt_sequences, replay_sequence
 from kerneltest.engine.hunt import Caught, Target, Trail
-from kerneltest.engine.pool import Company, Peer
+from kerneltest.engine.job import Company, Job
 from kerneltest.engine.profile import PROFILES
 from kerneltest.engine.programs import plainer
 from kerneltest.model import (
@@ -105,18 +105,8 @@ class Runner:
             device=CPU, torch_ops=OPERATIONS, no_guards=None if guards else "by rule", no_steps={"load": "by rule"}
         )
 
-    def run(
-        self,
-        kernel: Kernel,
-        source: Path,
-        case: Case[Any],
-        *,
-        deadline: float,
-        cold: float,
-        peer: Peer | None = None,
-        company: Company | None = None,
-        guarded: str | None = None,
-    ) -> Outcome:
+    def run(self, job: Job, *, deadline: float, cold: float) -> Outcome:
+        kernel, case, company, guarded = job.kernel, job.case, job.company, job.guarded
         assert company is not None
         assert company.sequence.case == case
         if company.alone:

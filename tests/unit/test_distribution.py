@@ -17,6 +17,7 @@ from kerneltest.engine import evidence as stored
 from kerneltest.engine.distribution import DistributionTrail, hunt_distribution, replay_distribution
 from kerneltest.engine.evidence import LIMIT, BadEvidence, Store
 from kerneltest.engine.hunt import Target
+from kerneltest.engine.job import Job
 from kerneltest.engine.pool import InProcess
 from kerneltest.engine.profile import PROFILES
 from kerneltest.model import (
@@ -24,7 +25,6 @@ from kerneltest.model import (
     Device,
     Drawn,
     Finding,
-    Kernel,
     Outcome,
     Series,
     Start,
@@ -247,11 +247,10 @@ class Rule:
         self.asked: list[tuple[Case[Any], Series, float]] = []
         self.started = Started(device=DEVICE, libraries={"torch": "2.0", "lib": "1.2+cu13"})
 
-    def run(
-        self, kernel: Kernel, source: Path, case: Case[Any], *, deadline: float, series: Series, **_: Any
-    ) -> Outcome:
-        self.asked.append((case, series, deadline))
-        return self.rule(case, series)
+    def run(self, job: Job, *, deadline: float, cold: float) -> Outcome:
+        assert job.series is not None
+        self.asked.append((job.case, job.series, deadline))
+        return self.rule(job.case, job.series)
 
     def close(self) -> None: ...
 

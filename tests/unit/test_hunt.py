@@ -12,7 +12,7 @@ import pytest
 from attention_cases import paged
 
 from kerneltest.engine.hunt import Target, hunt, replay
-from kerneltest.engine.pool import Company, Peer
+from kerneltest.engine.job import Job
 from kerneltest.engine.profile import PROFILES
 from kerneltest.model import Case, Device, Finding, Kernel, Outcome, Started, Status
 
@@ -38,18 +38,8 @@ class Rule:
         self.beside: list[tuple[str, str | None]] = []
         self.started = Started(device=CPU)
 
-    def run(
-        self,
-        kernel: Kernel,
-        source: Path,
-        case: Case[Any],
-        *,
-        deadline: float,
-        cold: float,
-        peer: Peer | None = None,
-        company: Company | None = None,
-        guarded: str | None = None,
-    ) -> Outcome:
+    def run(self, job: Job, *, deadline: float, cold: float) -> Outcome:
+        kernel, case, peer = job.kernel, job.case, job.peer
         self.beside.append((kernel.name, peer[0].name if peer else None))
         self.asked.append(case)
         self.deadlines.append(deadline)

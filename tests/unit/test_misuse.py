@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kerneltest.engine.hunt import Target
+from kerneltest.engine.job import Job
 from kerneltest.engine.misuse import hunt_misuse, replay_misuse
 from kerneltest.engine.profile import PROFILES
 from kerneltest.engine.text import misuse_text
@@ -458,11 +459,12 @@ class Rule:
         self.started = Started(device=CPU, no_guards="none here")
         self.asked: list[Misuse] = []
 
-    def run(self, kernel: Kernel, source: Path, case: Case[Any], *, misuse: Any = None, **_: Any) -> Outcome:
-        if misuse == "list":
+    def run(self, job: Job, *, deadline: float, cold: float) -> Outcome:
+        if job.misuse == "list":
             return Outcome(status=Status.PASSED, misuses=MISUSES)
-        self.asked.append(misuse)
-        return self.rule(case, misuse)
+        assert isinstance(job.misuse, Misuse)
+        self.asked.append(job.misuse)
+        return self.rule(job.case, job.misuse)
 
     def close(self) -> None: ...
 
