@@ -61,7 +61,9 @@ def main() -> None:
         kernel.name: kernel
         for path in discovery.suite_files(discovery.builtin_root())
         for kernel in discovery.load_kernels(path).values()
-        if device.kind in kernel.devices and (kernel.library != "flashinfer" or arguments.library)
+        if kernel.operator.name == "paged_prefill"
+        and device.kind in kernel.devices
+        and (kernel.library != "flashinfer" or arguments.library)
     }
     print("| kernel | five steps, ms | launches and a checked case | ratio | guarded case | unguarded | ratio |")
     print("|---|---|---|---|---|---|---|")

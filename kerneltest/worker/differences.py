@@ -24,7 +24,7 @@ def difference(
     """The first output whose bits differ, and where.
 
     Without a promise of equal bits (``exact``: whether there is one; the kernel's own word if None), only leaving the
-    budget in one of the launches counts. Of what a certificate judges, many answers may be right: it says of each.
+    budget in one of the launches counts, or what the certificate says of one of them and not of the other.
     """
     if exact is None:
         exact = execution.kernel.deterministic
@@ -32,14 +32,26 @@ def difference(
         b = other.outputs.get(name)
         if b is None:  # a launch whose outputs had the wrong form has none
             continue
-        if not exact and name in execution.kernel.operator.certified:
-            continue
         differs = unequal(a, b)
         if not exact and name in execution.budgets:
             differs &= _outside(execution, name, a) ^ _outside(execution, name, b)
-        if bool(differs.any()):
+        if bool(differs.any()) and (exact or not _alike(execution, name, one, other)):
             return name, differs
     return None, None
+
+
+def _alike(execution: Execution, name: str, one: Observation, other: Observation) -> bool:
+    """Whether a certificate accepts that output in both launches, or rejects it in both.
+
+    What is only improbable does not count: it happens without anybody's doing.
+    """
+    if name not in execution.kernel.operator.certified:
+        return False
+    rejected = [
+        any(found.output == name and not found.by_chance for found in execution.rejections(seen))
+        for seen in (one, other)
+    ]
+    return rejected[0] == rejected[1]
 
 
 def _outside(execution: Execution, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from kerneltest.model import Case, ErrorBudget, InputStrategy, Kernel, Materials, Pattern, Place, Variant
+from kerneltest.model import Case, ErrorBudget, InputStrategy, Kernel, Materials, Pattern, Place, Rejection, Variant
 from kerneltest.oracle.verdict import Verdict, judge
 from kerneltest.worker import device as devices
 from kerneltest.worker.poison import Plan
@@ -99,3 +99,10 @@ class Execution:
     def judged(self, seen: Observation) -> Mapping[str, Verdict]:
         """The oracle's word on each output of a launch that has a budget."""
         return {name: judge(value, self.budgets[name]) for name, value in seen.outputs.items() if name in self.budgets}
+
+    def rejections(self, seen: Observation) -> Iterator[Rejection]:
+        """What the operator's certificate says against a launch: nothing, of one whose outputs have not their form."""
+        operator = self.kernel.operator
+        if set(operator.certified) & set(seen.outputs):
+            numerics = self.kernel.numerics(self.case, self.device)
+            yield from operator.certify(self.case, self.terms, numerics, seen.outputs)

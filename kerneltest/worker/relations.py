@@ -40,6 +40,8 @@ def _contradictions(execution: Execution, relation: Relation) -> Iterator[Findin
             raise Inapplicable(f"it needs {name}, which the kernel does not return")
     exact = kernel.keeps_bits(relation, numerics)
     original = _answer(execution, execution.observations[0], exact)
+    if not original:
+        raise Inapplicable("the kernel does not promise equal bits of it, and no budget judges what it returns")
     for related in relation.transform(case, execution.materials):
         mapped = related.back([_answer_to(execution, variant, exact) for variant in related.variants], numerics)
         for name, expected in mapped.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ from kerneltest.model import (
     Kernel,
     LaunchSequence,
     Numerics,
+    Pattern,
     Place,
+    Poison,
+    Rejection,
     Repeat,
     Reuse,
     Status,
@@ -54,7 +58,7 @@ def right(call: Call) -> Outputs:
 
 
 def kernel(launch: Callable[[Call], Any] = right, **more: Any) -> Kernel:
-    return Kernel(name="k", operator=paged.paged_prefill, launch=launch, **{"numerics": numerics, **more})
+    return Kernel(**{"name": "k", "operator": paged.paged_prefill, "launch": launch, "numerics": numerics, **more})
 
 
 def played(of: Kernel, rig: Rig, *steps: Any, **more: Any) -> Any:
@@ -134,3 +138,36 @@ def test_stale_state_shows_although_other_elements_move(rig: Rig) -> None:
     finding = played(kernel(leaks), rig).finding
     assert (finding.kind, finding.culprit) == ("StaleState", Place.WORKSPACE.value)
     assert finding.what.startswith("out: 1 of ")
+
+
+def finite(case: Any, terms: Any, numerics: Any, outputs: Outputs) -> Iterator[Rejection]:
+    if not bool(outputs["out"].isfinite().all()):
+        yield Rejection(kind="NonFinite", output="out", what="not finite")
+
+
+def certified(launch: Callable[[Call], Any]) -> Kernel:
+    """A kernel that may answer as it likes as long as that is finite: without equal bits and without a budget."""
+    judged = replace(paged.paged_prefill, budget=lambda *_: {}, certified=("out", "lse"), certify=finite)
+    return kernel(launch, operator=judged, deterministic=False)
+
+
+def test_what_only_a_certificate_judges_is_judged_in_company(rig: Rig) -> None:
+    def leaks(call: Call) -> Outputs:
+        jitters(call, counter)
+        call.outputs["out"][1, 0, 0] += call.workspace(64).view(torch.float32)[0] * 0
+        return call.outputs
+
+    counter = itertools.count()
+    step = Poison(place=Place.WORKSPACE, pattern=Pattern.NAN)
+    assert played(certified(lambda call: jitters(call, counter)), rig, step).status is Status.PASSED
+    finding = played(certified(leaks), rig, step).finding
+    assert (finding.kind, finding.culprit) == ("StaleState", Place.WORKSPACE.value)
+
+
+def test_what_only_a_certificate_judges_is_judged_alone(rig: Rig) -> None:
+    def infinite(call: Call) -> Outputs:
+        right(call)["out"][0] = torch.inf
+        return call.outputs
+
+    finding = played(certified(infinite), rig).finding
+    assert (finding.kind, finding.key, finding.what) == ("NonFinite", "out", "out: not finite")

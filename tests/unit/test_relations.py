@@ -381,6 +381,13 @@ def test_a_relation_that_needs_an_output_is_counted_where_there_is_none() -> Non
     assert run(only_out, "duplicate_keys").unchecked_relation is None
 
 
+def test_a_relation_that_has_nothing_to_compare_is_counted() -> None:
+    no_budget = replace(OPERATOR, budget=lambda *_: {}, certified=("out", "lse"), certify=lambda *_: ())
+    reason = "the kernel does not promise equal bits of it, and no budget judges what it returns"
+    assert run(kernel(operator=no_budget, deterministic=False), "value_sign").unchecked_relation == reason
+    assert run(kernel(operator=no_budget), "value_sign").unchecked_relation is None
+
+
 def test_a_variant_that_the_kernel_refuses_is_counted() -> None:
     def refuses(of: Case[Any], device: Device) -> str | None:
         return "one request at a time is too few" if len(of.axes.requests) < 2 else None

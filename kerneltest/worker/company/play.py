@@ -27,6 +27,7 @@ from kerneltest.worker.checks import (
     outputs_have_the_right_form,
     outputs_lie_within_budget,
     rejected,
+    uncertified,
 )
 from kerneltest.worker.company.feasible import refusal
 from kerneltest.worker.company.scene import Performance, perform
@@ -215,13 +216,13 @@ def every_launch_answers_the_same(playing: _Play) -> Finding | None:
     return None
 
 
-def alone_it_lies_within_budget(playing: _Play) -> Finding | None:
-    """All tiers of the oracle, once: the same bits of the same case need no second verdict."""
+def alone_it_is_right(playing: _Play) -> Finding | None:
+    """All tiers of the oracle and the certificate, once: the same bits of the same case need no second verdict."""
     execution, judged = playing.execution, playing.execution.rig.judged
     key, bits = (execution.kernel.name, execution.case), digest(playing.alone)
     if judged.get(key) == bits:
         return None
-    found = outputs_lie_within_budget(execution)
+    found = outputs_lie_within_budget(execution) or uncertified(execution, playing.alone)
     if found is None:
         judged[key] = bits
         playing.used = {name: verdict.used for name, verdict in execution.verdicts.items()}
@@ -235,7 +236,7 @@ CHECKS: tuple[Callable[[_Play], Finding | None], ...] = (
     bystanders_are_intact,
     in_company_it_answers_as_alone,
     every_launch_answers_the_same,
-    alone_it_lies_within_budget,
+    alone_it_is_right,
 )
 
 
@@ -262,7 +263,7 @@ def _blamed(playing: _Play, name: str, differs: torch.Tensor, seen: Observation,
             )
     verdicts = execution.judged(seen)
     wrong = next(filter(None, (rejected(execution, output, verdict) for output, verdict in verdicts.items())), None)
-    if wrong is not None:
+    if wrong := wrong or uncertified(execution, seen):
         return replace(wrong, details=(what, *wrong.details, values), by_chance=False)
     return finding(execution, "Nondeterministic", key=f"{name}, in company", what=what, details=(values,))
 
