@@ -103,15 +103,20 @@ def empty_cache(device: Device) -> None:
 
 
 def context_is_lost(device: Device) -> bool:
-    """Whether the device no longer answers: after an illegal address every later call fails too."""
+    """Whether the device no longer answers: after an illegal address every later call fails too.
+
+    After a launch that the driver refused only the next one does: whoever launched has not fetched the error.
+    """
     if device.kind != "cuda":
         return False
-    try:
-        torch.cuda.synchronize(device.ordinal)
-        torch.zeros(1, device=device.torch_name).item()
-    except RuntimeError:
-        return True
-    return False
+    for _ in range(2):
+        try:
+            torch.cuda.synchronize(device.ordinal)
+            torch.zeros(1, device=device.torch_name).item()
+        except RuntimeError:
+            continue
+        return False
+    return True
 
 
 def _cpu_name() -> str:

@@ -83,7 +83,7 @@ def catalogue(
     ``workspace``: whether it asks for any.
     """
     found = [
-        *(one for name, value in inputs.items() for one in _of_tensor("input", name, value, device)),
+        *_of_inputs(kernel, inputs, device),
         *_of_values(kernel, inputs),
         *(one for name, spec in outputs.items() for one in _of_tensor("output", name, _empty(spec), device)),
         *_of_parameters(kernel, case, inputs, device),
@@ -121,6 +121,16 @@ def _empty(spec: OutputSpec) -> torch.Tensor:
 
 def _elsewhere(device: Device) -> str:
     return "cpu" if device.kind == "cuda" else "meta"
+
+
+def _of_inputs(kernel: Kernel, inputs: Mapping[str, torch.Tensor], device: Device) -> Iterator[Tampering]:
+    """What can be wrong with each input. Fewer rows of what indices point into are a matter of the indices."""
+    pointed = {into for name, targets in _addressed(kernel).items() if name in inputs for into in targets}
+    for name, value in inputs.items():
+        for one in _of_tensor("input", name, value, device):
+            lost = one.value is not None and one.value.shape[1:] == value.shape[1:] and len(one.value) < len(value)
+            kind = "index out of range" if name in pointed and lost else one.misuse.kind
+            yield dataclasses.replace(one, misuse=dataclasses.replace(one.misuse, kind=kind))
 
 
 def _of_tensor(role: Literal["input", "output"], name: str, value: torch.Tensor, device: Device) -> Iterator[Tampering]:
@@ -232,11 +242,20 @@ def _set(flat: torch.Tensor, position: int, number: float) -> None:
 
 def _ends(kernel: Kernel, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The inputs that hold indices, each with the first one that is too large."""
+    return {
+        name: min(inputs[into].shape[0] for into in targets if into in inputs)
+        for name, targets in _addressed(kernel).items()
+        if name in inputs and any(into in inputs for into in targets)
+    }
+
+
+def _addressed(kernel: Kernel) -> dict[str, tuple[str, ...]]:
+    """The inputs that hold indices, each with the inputs whose leading dimension they count along."""
     operator = kernel.operator
-    addresses = dict(operator.addresses)
+    addressed: dict[str, tuple[str, ...]] = {name: (into,) for name, into in operator.addresses.items()}
     if operator.paging is not None:
-        addresses[operator.paging.table] = operator.paging.pages[0]
-    return {name: inputs[into].shape[0] for name, into in addresses.items() if name in inputs and into in inputs}
+        addressed[operator.paging.table] = operator.paging.pages
+    return addressed
 
 
 def _is_indptr(value: torch.Tensor, inputs: Mapping[str, torch.Tensor], name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import FORMATS, FP32, IEEE_FP32, Call, Case, Device, Kernel, LaunchContract, Numerics
 
+from ..attention._axes import plain
 from ..attention.paged_prefill import paged_prefill
 from . import _cuda
 
@@ -44,8 +45,10 @@ def numerics(case: Case[Any], device: Device) -> Numerics:
 
 
 def unsupported(case: Case[Any], device: Device) -> str | None:
-    """A block has a thread for each channel, in whole warps."""
+    """A block has a thread for each channel, in whole warps. It knows no option."""
     dim = case.axes.head_dim
+    if reason := plain(case, device):
+        return reason
     if dim % 32 or dim > _cuda.MAX_HEAD_DIM:
         return f"head_dim {dim}; supported: multiples of 32 up to {_cuda.MAX_HEAD_DIM}"
     return None
