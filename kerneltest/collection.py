@@ -237,21 +237,17 @@ def _options(config: pytest.Config) -> Options:
     _one_of("--kernel-profile", option.kernel_profile, list(PROFILES))
     profile = PROFILES[option.kernel_profile]
     if option.kernel_sequences is not None:
-        if option.kernel_sequences < 0:
-            raise pytest.UsageError(f"--kernel-sequences: expected 0 or more, got {option.kernel_sequences}")
+        _at_least("--kernel-sequences", option.kernel_sequences, 0)
         profile = replace(profile, cpu_sequences=option.kernel_sequences, cuda_sequences=option.kernel_sequences)
     if option.kernel_modules is not None:
-        if option.kernel_modules < 1:
-            raise pytest.UsageError(f"--kernel-modules: expected 1 or more, got {option.kernel_modules}")
+        _at_least("--kernel-modules", option.kernel_modules, 1)
         most = option.kernel_modules
         profile = replace(profile, compiles=most, modules=min(profile.modules, most))
     if option.kernel_misused is not None:
-        if option.kernel_misused < 0:
-            raise pytest.UsageError(f"--kernel-misused: expected 0 or more, got {option.kernel_misused}")
+        _at_least("--kernel-misused", option.kernel_misused, 0)
         profile = replace(profile, misused=option.kernel_misused)
     if option.kernel_draws is not None:
-        if option.kernel_draws < 0:
-            raise pytest.UsageError(f"--kernel-draws: expected 0 or more, got {option.kernel_draws}")
+        _at_least("--kernel-draws", option.kernel_draws, 0)
         profile = replace(profile, cpu_draws=option.kernel_draws, cuda_draws=option.kernel_draws)
     if not DEVICE.fullmatch(option.kernel_device):
         raise pytest.UsageError(
@@ -275,6 +271,11 @@ def _options(config: pytest.Config) -> Options:
         evidence=Path(option.kernel_evidence or config.rootpath / ".kerneltest" / "evidence"),
         steps=tuple(kinds) or tuple(STEPS),
     )
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise pytest.UsageError(f"{option}: expected {least} or more, got {value}")
 
 
 def _one_of(option: str, value: str, valid: list[str]) -> None:

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from functools import cache
+from typing import TypeVar
 
 from hypothesis import strategies as st
+
+T = TypeVar("T", bound=Hashable)
+
+
+def weighted(weights: Mapping[T, int]) -> st.SearchStrategy[T]:
+    """One of the keys, each as often as its number says. Shrinks towards the first.
+
+    Made once for equal arguments, as :func:`edges`.
+    """
+    return _weighted(tuple(weights.items()))
+
+
+@cache
+def _weighted(weights: tuple[tuple[T, int], ...]) -> st.SearchStrategy[T]:
+    return st.sampled_from([value for value, weight in weights for _ in range(weight)])
 
 
 @cache

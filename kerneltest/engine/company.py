@@ -21,6 +21,7 @@ from kerneltest.engine.programs import plainer, sequences, step_of
 from kerneltest.model import (
     Case,
     CaseRecord,
+    Data,
     FarPages,
     Finding,
     Guard,
@@ -61,6 +62,7 @@ class _Company:
     ledger: Ledger = field(default_factory=Ledger)
     fresh: dict[Case[Any], str | None] = field(default_factory=dict)
     lethal: set[str] = field(default_factory=set)
+    spoilt: dict[tuple[str, Data], str] = field(default_factory=dict)
     launches: int = 0
     repeated: list[tuple[int, int]] = field(default_factory=list)
 
@@ -76,8 +78,12 @@ class _Company:
         known = [step.kernel for step in sequence.neighbours if step.kernel in self.lethal]
         if known:
             return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {known[0]} kills the worker by itself")
+        if reason := next(filter(None, map(self.spoilt.get, _spoilt(sequence))), None):
+            return Outcome(status=Status.UNSUPPORTED, reason=reason)
         outcome = self.play(sequence)
-        if outcome.fatal and (guilty := self._lethal_neighbour(sequence)):
+        if outcome.fatal and outcome.status is Status.UNSUPPORTED and len(_spoilt(sequence)) == 1:
+            self.spoilt[_spoilt(sequence)[0]] = outcome.reason or ""
+        elif outcome.fatal and (guilty := self._lethal_neighbour(sequence)):
             self.lethal.add(guilty)
             return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {guilty} kills the worker by itself")
         outcome = self._blamed_on_what_is_unmapped(outcome, sequence)
@@ -145,6 +151,11 @@ class _Company:
         else:
             beyond = prey.kind == "OutOfBounds"
         return replace(outcome, finding=_far_out_of_bounds(finding)) if beyond else outcome
+
+
+def _spoilt(sequence: LaunchSequence) -> list[tuple[str, Data]]:
+    """The neighbours with NaN or Inf among their inputs, which not all of them survive."""
+    return [(step.kernel, step.data) for step in sequence.neighbours if step.data is not Data.FINITE]
 
 
 def _far_out_of_bounds(death: Finding) -> Finding:
@@ -262,6 +273,7 @@ def _trail(state: _Company, cast: Cast | None) -> Trail:
         if state.quiet is None:
             unchecked["equality with a fresh worker"] = "there is no second worker with --kernel-isolation=inprocess"
         unchecked |= {f"{kernel}: after {name}": "the worker died of it alone" for name in sorted(state.lethal)}
+        unchecked |= {f"{kernel}: after {name} with {data.value}": why for (name, data), why in state.spoilt.items()}
         for name in sorted(state.neighbours.keys() - cast.neighbours.keys()) if "neighbour" in cast.kinds else ():
             unchecked[f"{kernel}: after {name}"] = "it ran none of the cases drawn for it"
     return Trail(

@@ -89,8 +89,11 @@ def answer_is_independent_of_poison(execution: Execution) -> Finding | None:
         name, differs = difference(execution, seen, benign)
         if name is None or differs is None:
             continue
-        if execution.kernel.deterministic and (moving := unstable(execution, seen, benign)):
-            return moving
+        if moving := unstable(execution, seen, benign):
+            # Without a promise of equal bits some launches are wrong by themselves, whatever they found in memory.
+            if execution.kernel.deterministic or moving.kind == "StaleState":
+                return moving
+            return wrong(execution, seen) or wrong(execution, benign)
         culprits = _culprits(execution, seen, benign)
         return _depends_on(execution, name, differs, seen, benign, culprits)
     return None
@@ -109,6 +112,12 @@ def outputs_are_certified(execution: Execution) -> Finding | None:
     """
     launches = execution.observations[: 1 if execution.kernel.deterministic else None]
     return next(filter(None, (uncertified(execution, seen) for seen in launches)), None)
+
+
+def wrong(execution: Execution, seen: Observation) -> Finding | None:
+    """What budgets and certificate say against one launch."""
+    findings = (rejected(execution, name, verdict) for name, verdict in execution.judged(seen).items())
+    return next(filter(None, findings), None) or uncertified(execution, seen)
 
 
 def uncertified(execution: Execution, seen: Observation) -> Finding | None:

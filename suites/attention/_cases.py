@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, InputStrategy, Pattern, Size
@@ -86,10 +87,11 @@ WEIGHTS = dict.fromkeys((strategy.name for strategy in INPUTS), 1) | {
 }
 
 
+@cache
 def _requests(size: Size, page_size: int, min_qo_len: int = 0) -> st.SearchStrategy[Request]:
     from hypothesis import strategies as st
 
-    from kerneltest.strategies import edges
+    from kerneltest.strategies import edges, weighted
 
     def build(qo_len: int, kv_len: int, keys: str) -> Request:
         shorter = {
@@ -104,13 +106,15 @@ def _requests(size: Size, page_size: int, min_qo_len: int = 0) -> st.SearchStrat
         build,
         qo_len=edges(size.qo_len, *TILES, minimum=min_qo_len),
         kv_len=edges(size.kv_len, page_size, *TILES),
-        keys=st.sampled_from([name for name, weight in KEYS.items() for _ in range(weight)]),
+        keys=weighted(KEYS),
     )
 
 
 def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
     """Draw cases up to ``size``; the simplest is one request with one query and one key."""
     from hypothesis import strategies as st
+
+    from kerneltest.strategies import weighted
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case[PagedPrefill]:
@@ -120,7 +124,7 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
         somebody = draw(_requests(size, page_size, min_qo_len=1))
         requests.insert(draw(st.integers(0, len(requests))), somebody)
         group = draw(st.sampled_from([g for g in GROUPS if g <= size.heads]))
-        kind = draw(_weighted(KINDS))
+        kind = draw(weighted(KINDS))
         axes = PagedPrefill(
             requests=tuple(requests),
             dtype=kind.dtype,
@@ -133,10 +137,10 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
             shuffled=draw(st.booleans()),
             spare_pages=draw(st.integers(0, MAX_SPARE_PAGES)),
             # What costs nobody a module, and what is as likely with any other option.
-            layout=draw(_weighted({"NHD": 3, "HND": 1})),
-            strided_q=draw(_weighted({False: 4, True: 1})),
+            layout=draw(weighted({"NHD": 3, "HND": 1})),
+            strided_q=draw(weighted({False: 4, True: 1})),
         )
-        inputs = draw(_weighted(WEIGHTS))
+        inputs = draw(weighted(WEIGHTS))
         options: dict[str, Any] = draw(_options(page_size))
         if axes.mask_bits > LARGEST_MASK:
             options.pop("mask", None)
@@ -241,15 +245,12 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
         yield replace(case, axes=replace(axes, causal=False, requests=(Request(qo_len=1, kv_len=0),)))
 
 
-def _weighted(weights: Mapping[Any, int]) -> st.SearchStrategy[Any]:
-    from hypothesis import strategies as st
-
-    return st.sampled_from([value for value, weight in weights.items() for _ in range(weight)])
-
-
+@cache
 def _options(page_size: int) -> st.SearchStrategy[dict[str, Any]]:
     """The options of a case that are not at their defaults, by the names of the axes: mostly none, rarely two."""
     from hypothesis import strategies as st
+
+    from kerneltest.strategies import weighted
 
     each: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         "": st.just({}),
@@ -258,7 +259,7 @@ def _options(page_size: int) -> st.SearchStrategy[dict[str, Any]]:
         "mask": st.fixed_dictionaries({"mask": st.sampled_from(MASKS[1:]), "packed_mask": st.booleans()}),
         "quantised": st.fixed_dictionaries(
             {
-                "kv_dtype": _weighted({"float8_e4m3fn": 3, "float8_e5m2": 1}),
+                "kv_dtype": weighted({"float8_e4m3fn": 3, "float8_e5m2": 1}),
                 "k_scale": st.sampled_from((1.0, *SCALES)),
                 "v_scale": st.sampled_from((*SCALES, 1.0)),
             }
@@ -266,7 +267,7 @@ def _options(page_size: int) -> st.SearchStrategy[dict[str, Any]]:
         "unsplit": st.just({"disable_split_kv": True}),
         "pieces": st.sampled_from(PIECES).map(lambda keys: {"fixed_split_size": max(1, keys // page_size)}),
     }
-    one, other = (_weighted(drawn).flatmap(each.__getitem__) for drawn in (OPTIONS_DRAWN, SECOND_DRAWN))
+    one, other = (weighted(drawn).flatmap(each.__getitem__) for drawn in (OPTIONS_DRAWN, SECOND_DRAWN))
     return st.builds(lambda a, b: a | b if a else {}, one, other)
 
 
@@ -284,3 +285,18 @@ def captures(case: Case[PagedPrefill]) -> st.SearchStrategy[Case[PagedPrefill]]:
     count = len(case.axes.requests)
     more = st.tuples(st.sampled_from((0, 1, 17)), st.sampled_from((0, 1, 40)))
     return st.lists(more, min_size=count, max_size=count).map(longer)
+
+
+def with_more_keys(case: Case[Any], more: tuple[int, ...]) -> st.SearchStrategy[Case[Any]]:
+    """Cases of the same batch in which every request has so many keys more, one of ``more``."""
+    from hypothesis import strategies as st
+
+    def longer(extra: list[int]) -> Case[Any]:
+        requests = tuple(
+            replace(request, kv_len=request.kv_len + keys)
+            for request, keys in zip(case.axes.requests, extra, strict=True)
+        )
+        return replace(case, axes=replace(case.axes, requests=requests))
+
+    count = len(case.axes.requests)
+    return st.lists(st.sampled_from(more), min_size=count, max_size=count).map(longer)

@@ -285,6 +285,8 @@ def _cases(
     """Cases of ``paged_prefill`` without what only pages have; of a single request, the first that asks something."""
     from hypothesis import strategies as st
 
+    from kerneltest.strategies import weighted
+
     def build(drawn: Case[PagedPrefill], kind: Kind | None) -> Case[DenseAttention]:
         given: dict[str, Any] = {
             field.name: getattr(drawn.axes, field.name)
@@ -302,8 +304,7 @@ def _cases(
         applies = drawn.relation in relations and paged_prefill.relation(drawn.relation).applies(paged_case(case))
         return replace(case, relation=drawn.relation) if applies else case
 
-    weighted = [kind for kind, weight in kinds.items() for _ in range(weight)] if kinds else [None]
-    return st.builds(build, paged_prefill.cases(size), st.sampled_from(weighted))
+    return st.builds(build, paged_prefill.cases(size), weighted(kinds) if kinds else st.none())
 
 
 def _relation(base: Relation, layout: Layout) -> Relation:

@@ -97,15 +97,15 @@ def cases(size: Size) -> st.SearchStrategy[Case[BlockSparse]]:
     """Draw cases up to ``size``; the simplest is one row and one column."""
     from hypothesis import strategies as st
 
-    from kerneltest.strategies import edges
+    from kerneltest.strategies import edges, weighted
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case[BlockSparse]:
         block_rows = draw(st.sampled_from([n for n in BLOCK_ROWS if n <= size.qo_len]))
         block_columns = draw(st.sampled_from([n for n in BLOCK_COLUMNS if n <= size.kv_len]))
         group = draw(st.sampled_from([g for g in GROUPS if g <= size.heads]))
-        kind = draw(st.sampled_from([kind for kind, weight in KINDS.items() for _ in range(weight)]))
-        inputs = draw(st.sampled_from([name for name, weight in WEIGHTS.items() for _ in range(weight)]))
+        kind = draw(weighted(KINDS))
+        inputs = draw(weighted(WEIGHTS))
         axes = BlockSparse(
             rows=draw(edges(size.qo_len, block_rows, minimum=1)),
             columns=block_columns * draw(st.integers(1, size.kv_len // block_columns)),

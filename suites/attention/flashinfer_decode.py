@@ -226,7 +226,13 @@ def _kernel(*, alone: bool, tensor_cores: bool) -> Kernel:
             LaunchContract(captured="values")
             if alone
             else LaunchContract(
-                replans=True, shares_workspace=True, captured="lengths", graph_bits=False, pdl=True, refuses=refuses
+                replans=True,
+                shares_workspace=True,
+                captured="lengths",
+                graph_bits=False,
+                pdl=True,
+                refuses=refuses,
+                trusts=paged.PAGE_TABLE,
             )
         ),
         devices=("cuda",),

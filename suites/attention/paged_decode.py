@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, Size
 
-from ._cases import COMMON, COMPILED, Kind
+from ._cases import COMMON, COMPILED, Kind, with_more_keys
 from .paged_prefill import PagedPrefill, Request, paged_prefill
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedDecode]]:
     """Those of ``paged_prefill`` with one query for each request."""
     from hypothesis import strategies as st
 
+    from kerneltest.strategies import weighted
+
     def build(drawn: Case[PagedPrefill], kind: Kind) -> Case[PagedDecode]:
         given: dict[str, Any] = {field.name: getattr(drawn.axes, field.name) for field in fields(PagedPrefill)} | NEVER
         given["requests"] = tuple(replace(request, qo_len=1) for request in drawn.axes.requests)
@@ -84,8 +86,7 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedDecode]]:
         applies = drawn.relation in RELATIONS and paged_prefill.relation(drawn.relation).applies(case)
         return replace(case, relation=drawn.relation) if applies else case
 
-    weighted = [kind for kind, weight in KINDS.items() for _ in range(weight)]
-    return st.builds(build, paged_prefill.cases(size), st.sampled_from(weighted))
+    return st.builds(build, paged_prefill.cases(size), weighted(KINDS))
 
 
 def simpler(case: Case[PagedDecode]) -> Iterator[Case[PagedDecode]]:
@@ -95,17 +96,7 @@ def simpler(case: Case[PagedDecode]) -> Iterator[Case[PagedDecode]]:
 
 def captures(case: Case[PagedDecode]) -> st.SearchStrategy[Case[PagedDecode]]:
     """Cases of the same batch in which every request has at least as many keys: what a graph is captured with."""
-    from hypothesis import strategies as st
-
-    def longer(extra: list[int]) -> Case[PagedDecode]:
-        requests = tuple(
-            replace(request, kv_len=request.kv_len + keys)
-            for request, keys in zip(case.axes.requests, extra, strict=True)
-        )
-        return replace(case, axes=replace(case.axes, requests=requests))
-
-    count = len(case.axes.requests)
-    return st.lists(st.sampled_from((0, 1, 17, 57)), min_size=count, max_size=count).map(longer)
+    return with_more_keys(case, (0, 1, 17, 57))
 
 
 paged_decode = replace(

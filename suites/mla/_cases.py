@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kerneltest.model import Case, InputStrategy, Pattern, Relation, Size
+from kerneltest.model import Case, Relation, Size
 
+from ..attention._cases import INPUTS, WEIGHTS, with_more_keys
 from ..attention.paged_prefill import DTYPES, LN_2, Request
 from ._axes import DEEPSEEK, SMALL, Dims, Mla
 
@@ -23,27 +25,6 @@ TILES = (64, 128)
 MAX_SPARE_PAGES = 3
 # How often a request has which keys; a decode step has many, a prompt as many as queries.
 KEYS = {"any": 10, "of the prompt": 3, "none": 1}
-
-INPUTS = (
-    InputStrategy(name="generic", tier="generic"),
-    InputStrategy(name="count", tier="exact"),
-    InputStrategy(name="dyadic", tier="exact"),
-    InputStrategy(name="poison", tier="generic", patterns=(Pattern.NAN, Pattern.INF, Pattern.MAX)),
-    InputStrategy(name="needle", tier="hard"),
-    InputStrategy(name="integer", tier="exact"),
-    InputStrategy(name="scaled", tier="generic"),
-    InputStrategy(name="outlier", tier="generic"),
-    InputStrategy(name="large_logits", tier="hard"),
-    InputStrategy(name="special", tier="hard"),
-)
-# How often each is drawn; the simplest comes first. What finds most alone must not be missing in a short run.
-WEIGHTS = dict.fromkeys((strategy.name for strategy in INPUTS), 1) | {
-    "generic": 3,
-    "count": 3,
-    "dyadic": 2,
-    "poison": 2,
-    "needle": 2,
-}
 
 
 def _for_cpu(size: Size) -> bool:
@@ -61,10 +42,11 @@ def most_queries(size: Size, heads: int, dims: Dims) -> int:
     return min(size.qo_len, max(1, rows // heads))
 
 
+@cache
 def _requests(size: Size, queries: int, page_size: int, *, decode: bool) -> st.SearchStrategy[Request]:
     from hypothesis import strategies as st
 
-    from kerneltest.strategies import edges
+    from kerneltest.strategies import edges, weighted
 
     def build(qo_len: int, kv_len: int, keys: str) -> Request:
         return Request(
@@ -75,13 +57,15 @@ def _requests(size: Size, queries: int, page_size: int, *, decode: bool) -> st.S
         build,
         qo_len=st.just(1) if decode else edges(queries, *TILES),
         kv_len=edges(size.kv_len, page_size, *TILES),
-        keys=st.sampled_from([name for name, weight in KEYS.items() for _ in range(weight)]),
+        keys=weighted(KEYS),
     )
 
 
 def cases(operator: str, relations: Sequence[Relation], size: Size) -> st.SearchStrategy[Case[Mla]]:
     """Draw cases up to ``size``: decode steps, of one query each, or chunks of prompts among them."""
     from hypothesis import strategies as st
+
+    from kerneltest.strategies import weighted
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case[Mla]:
@@ -103,7 +87,7 @@ def cases(operator: str, relations: Sequence[Relation], size: Size) -> st.Search
             shuffled=draw(st.booleans()),
             spare_pages=draw(st.integers(0, MAX_SPARE_PAGES)),
         )
-        inputs = draw(st.sampled_from([name for name, weight in WEIGHTS.items() for _ in range(weight)]))
+        inputs = draw(weighted(WEIGHTS))
         axes = replace(axes, sm_scale=LN_2 if inputs == "dyadic" else None)
         case = Case(operator=operator, axes=axes, inputs=inputs, seed=draw(st.integers(0, 2**32 - 1)))
         # Drawn from all of them, whether they apply or not: shrinking the case must not turn one into another.
@@ -170,14 +154,4 @@ def captures(case: Case[Mla]) -> st.SearchStrategy[Case[Mla]]:
     A graph of a decode step is captured for its batch and its number of queries; what grows between replays is the
     cache.
     """
-    from hypothesis import strategies as st
-
-    def longer(extra: list[int]) -> Case[Mla]:
-        requests = tuple(
-            replace(request, kv_len=request.kv_len + keys)
-            for request, keys in zip(case.axes.requests, extra, strict=True)
-        )
-        return replace(case, axes=replace(case.axes, requests=requests))
-
-    count = len(case.axes.requests)
-    return st.lists(st.sampled_from((0, 1, 40, 300)), min_size=count, max_size=count).map(longer)
+    return with_more_keys(case, (0, 1, 40, 300))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, LaunchContract, Numerics, Unsupported
 
+from ..attention.flashinfer import PAGE_TABLE
 from ._axes import Mla
 from .mla_paged_attention import mla_paged_attention
 
@@ -172,36 +173,37 @@ def _structured() -> bool:
 
 # A graph keeps the grid that it was captured with, and MLAPlan chooses that by the mean number of queries
 # (scheduler.cuh:1612): one that is captured must be replayed for the same queries, as operator.captures has it.
-CONTRACT = LaunchContract(replans=True, shares_workspace=True, captured="lengths", graph_bits=False, refuses=refuses)
+CONTRACT = LaunchContract(
+    replans=True,
+    shares_workspace=True,
+    captured="lengths",
+    graph_bits=False,
+    refuses=refuses,
+    # plan() copies the offsets and lengths to the host; of kv_indices the kernel reads what it needs (mla.cuh:340).
+    trusts=PAGE_TABLE,
+)
 INEXACT = {
     "latent_scale": "partial outputs of split keys in fp16 may be subnormal, and then have fewer digits",
     "head_permutation": "where a query's heads lie in two tiles, each splits its keys at other places",
 }
-fa2 = Kernel(
-    name="flashinfer.mla_paged_attention[fa2]",
-    operator=mla_paged_attention,
-    plan=planner("fa2"),
-    launch=launch,
-    numerics=fa2_numerics,
-    unsupported=unsupported,
-    inexact=INEXACT,
-    specialisation=specialisation,
-    contract=CONTRACT,
-    devices=("cuda",),
-    library="flashinfer",
-    min_sm=(8, 0),
-)
-fa3 = Kernel(
-    name="flashinfer.mla_paged_attention[fa3]",
-    operator=mla_paged_attention,
-    plan=planner("fa3"),
-    launch=launch,
-    numerics=fa3_numerics,
-    unsupported=unsupported,
-    inexact=INEXACT,
-    specialisation=specialisation,
-    contract=CONTRACT,
-    devices=("cuda",),
-    library="flashinfer",
-    min_sm=(9, 0),
-)
+
+
+def _kernel(backend: str) -> Kernel:
+    return Kernel(
+        name=f"flashinfer.mla_paged_attention[{backend}]",
+        operator=mla_paged_attention,
+        plan=planner(backend),
+        launch=launch,
+        numerics=fa3_numerics if backend == "fa3" else fa2_numerics,
+        unsupported=unsupported,
+        inexact=INEXACT,
+        specialisation=specialisation,
+        contract=CONTRACT,
+        devices=("cuda",),
+        library="flashinfer",
+        min_sm=(9, 0) if backend == "fa3" else (8, 0),
+    )
+
+
+fa2 = _kernel("fa2")
+fa3 = _kernel("fa3")

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from kerneltest.model import Case, ErrorBudget, InputStrategy, Materials, Numerics, Operator, Paging
 
 from ..attention import paged_prefill as attention
+from ..attention._cases import INPUTS
 from ._axes import Mla
-from ._cases import INPUTS, captures, cases, simpler
+from ._cases import captures, cases, simpler
 from ._relations import RELATIONS, as_attention
 
 if TYPE_CHECKING:

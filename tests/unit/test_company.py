@@ -124,7 +124,8 @@ class Runner:
         if said == "dead":
             return dead(kernel)
         if said and said.startswith("unsupported: "):
-            return Outcome(status=Status.UNSUPPORTED, reason=said.removeprefix("unsupported: "))
+            reason, fatal, _ = said.removeprefix("unsupported: ").partition(", fatal")
+            return Outcome(status=Status.UNSUPPORTED, reason=reason, fatal=bool(fatal))
         if said:
             finding = Finding(kind=said, kernel=kernel.name, key="", what="by rule")
             return Outcome(status=Status.FAILED, launches=3, finding=finding)
@@ -296,6 +297,21 @@ def test_a_neighbour_that_dies_alone_is_not_blamed_on_the_kernel() -> None:
     assert trail.unsupported["the neighbour two kills the worker by itself"] > 0
     assert trail.before["one"] > 0
     assert "two" not in trail.before
+
+
+def test_what_a_neighbour_does_not_survive_is_not_asked_twice() -> None:
+    reason = "unsupported: the neighbour two does not survive nan"
+    runner = Runner(lambda s: f"{reason}, fatal" if has(s, Neighbour, kernel="two", data=Data.NAN) else None)
+    trail = hunted(runner, profile=replace(PROFILE, cpu_sequences=200), kinds=("neighbour",))
+    assert trail.caught is None
+    alone = [s for s in runner.sequences if has(s, Neighbour, kernel="two", data=Data.NAN) and spoilt(s) == 1]
+    assert len(alone) == 1
+    assert trail.unsupported["the neighbour two does not survive nan"] > 1
+    assert unchecked(trail) == {"rule: after two with nan": "the neighbour two does not survive nan"}
+
+
+def spoilt(sequence: LaunchSequence) -> int:
+    return sum(step.data is not Data.FINITE for step in sequence.neighbours)
 
 
 def test_a_neighbour_that_never_lives_is_not_drawn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,11 @@ from kerneltest.model import (
     FP32,
     IEEE_FP32,
     Call,
+    Data,
     Device,
     Kernel,
     LaunchSequence,
+    Neighbour,
     Numerics,
     Pattern,
     Place,
@@ -29,6 +32,8 @@ from kerneltest.model import (
     Status,
 )
 from kerneltest.worker.company.play import play, play_alone
+from kerneltest.worker.company.scene import Scene
+from kerneltest.worker.execute import execute
 from kerneltest.worker.rig import Rig
 
 CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
@@ -171,3 +176,31 @@ def test_what_only_a_certificate_judges_is_judged_alone(rig: Rig) -> None:
 
     finding = played(certified(infinite), rig).finding
     assert (finding.kind, finding.key, finding.what) == ("NonFinite", "out", "out: not finite")
+
+
+def test_a_device_that_is_lost_to_a_neighbours_nan_is_not_held_against_the_kernel(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any) -> None:
+        raise RuntimeError("device-side assert triggered\nmore words")
+
+    monkeypatch.setattr(Scene, "_watch", lost)
+    sequence = LaunchSequence(case=CASE, steps=(Neighbour(kernel="k", case=CASE, data=Data.NAN),))
+    outcome = play(kernel(), sequence, rig, {"k": kernel()})
+    assert outcome.status is Status.UNSUPPORTED
+    assert outcome.reason == "the neighbour k does not survive nan: device-side assert triggered"
+    # With numbers that it should survive, it may be the kernel's doing.
+    finite = LaunchSequence(case=CASE, steps=(Neighbour(kernel="k", case=CASE),))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        play(kernel(), finite, rig, {"k": kernel()})
+
+
+def test_what_is_wrong_by_chance_is_not_blamed_on_the_poison(rig: Rig) -> None:
+    def sometimes(call: Call) -> Outputs:
+        right(call)["out"][0] += chance.choice((0, 1))
+        return call.outputs
+
+    chance = random.Random(7)
+    outcome = execute(kernel(sometimes, deterministic=False), CASE, rig)
+    assert outcome.finding is not None
+    assert (outcome.finding.kind, outcome.finding.key) == ("Mismatch", "out")

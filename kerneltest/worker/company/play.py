@@ -20,14 +20,15 @@ from kerneltest.model import (
     Status,
     Unsupported,
 )
+from kerneltest.worker import device as devices
 from kerneltest.worker.checks import (
     buffers_keep_their_bounds,
     explained,
     inputs_are_intact,
     outputs_have_the_right_form,
     outputs_lie_within_budget,
-    rejected,
     uncertified,
+    wrong,
 )
 from kerneltest.worker.company.feasible import refusal
 from kerneltest.worker.company.scene import Performance, perform
@@ -106,7 +107,9 @@ def play(
         execution.observations.append(execution.observe(execution.uniform(Pattern.ZERO)))
         found = next((found for check in CHECKS if (found := check(playing))), None)
     except Unsupported as error:
-        return Outcome(status=Status.UNSUPPORTED, reason=str(error))
+        # A neighbour that raised may have taken the device context with it.
+        lost = devices.context_is_lost(rig.device)
+        return Outcome(status=Status.UNSUPPORTED, reason=str(error), fatal=lost)
     except KernelRaised as raised:
         return raised_by(kernel, raised.error, rig.device, execution.launches, time.perf_counter() - start)
     return Outcome(
@@ -261,10 +264,8 @@ def _blamed(playing: _Play, name: str, differs: torch.Tensor, seen: Observation,
                 details=(values, f"with the {place.value} made harmless just before the launch it is right"),
                 culprit=place.value,
             )
-    verdicts = execution.judged(seen)
-    wrong = next(filter(None, (rejected(execution, output, verdict) for output, verdict in verdicts.items())), None)
-    if wrong := wrong or uncertified(execution, seen):
-        return replace(wrong, details=(what, *wrong.details, values), by_chance=False)
+    if found := wrong(execution, seen):
+        return replace(found, details=(what, *found.details, values), by_chance=False)
     return finding(execution, "Nondeterministic", key=f"{name}, in company", what=what, details=(values,))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Call, Kernel
 
+from ..attention import torch_eager
 from ..attention.paged_prefill import paged_prefill
 from . import _attention as a
 
@@ -91,7 +92,14 @@ def spins(call: Call) -> Outputs:
 def kernel(name: str, function: Any) -> Kernel:
     # An operator of its own: beside each other, they would crash each other's hunts.
     operator = replace(paged_prefill)
-    return Kernel(name=f"zoo.{name}", operator=operator, launch=function, numerics=a.numerics, devices=("cuda",))
+    return Kernel(
+        name=f"zoo.{name}",
+        operator=operator,
+        launch=function,
+        numerics=a.numerics,
+        inexact=torch_eager.eager.inexact,  # the same matrix products
+        devices=("cuda",),
+    )
 
 
 z1 = kernel("z1_cuda[planted]", leaks_shared_memory)
