@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from kerneltest.model import Case, Device, Kernel, Materials, Misuse, OutputSpec
-from kerneltest.worker.checks import outputs_are_certified, outputs_lie_within_budget
+from kerneltest.worker.checks import wrong
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.poison import Plan
 from kerneltest.worker.rig import Rig
 from kerneltest.worker.staging import Observation, expected_outputs, wrong_form
 
 Tensors = Mapping[str, torch.Tensor]
+HOST = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
 # The dtypes that an operator may have among its axes.
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -48,10 +49,7 @@ def fitted(value: torch.Tensor, spec: OutputSpec, right: torch.Tensor, misuse: M
 
 def wrongly_judged(execution: Execution, outputs: Tensors, fills: Plan) -> str | None:
     """Why these are not the outputs of a case, in a sentence; None if they are."""
-    judged = execution.beside(execution.kernel)
-    judged.budgets = execution.budgets
-    judged.observations = [Observation(plan=fills, outputs=outputs, mutated=())]
-    found = outputs_lie_within_budget(judged) or outputs_are_certified(judged)
+    found = wrong(execution, Observation(plan=fills, outputs=outputs, mutated=()))
     return ", ".join([found.what, *found.details]) if found else None
 
 
@@ -61,7 +59,7 @@ def right_for_what_it_is(
     """Whether an answer is that of the tensors as they are now, as the operator's reference reads them.
 
     ``materials`` hold those tensors. ``outputs``: the answer in the form of the case, if it has that; ``returned`` as
-    it was given. Where the tensors are those of another case, its form counts as well.
+    it was given, on the host. Where the tensors are those of another case, its form counts as well.
     """
     found = [(case, outputs)] if outputs else []
     for other in other_cases(case):
@@ -69,7 +67,7 @@ def right_for_what_it_is(
             theirs = kernel.operator.materialize(other)
             if not same_forms(theirs.inputs, materials.inputs):
                 continue
-            if wrong_form(returned, expected_outputs(kernel, theirs), rig.device):
+            if wrong_form(returned, expected_outputs(kernel, theirs), HOST):
                 continue
         except Exception:  # noqa: S112  (an operator may say in any way that there is no such case)
             continue

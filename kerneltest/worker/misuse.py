@@ -81,7 +81,8 @@ class Lender(Workspaces):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What came of a launch that raised nothing. ``outputs`` are on the host in the form of the case, and none if
-    there is a ``problem`` with that; ``returned`` as they are, where something was wrong.
+    there is a ``problem`` with that; ``returned`` the same in the form that they had, where something was wrong: those
+    that lay on the kernel's device.
 
     ``lent``: the outputs that the kernel returned in its caller's buffers. ``asked``: how often for workspace.
     """
@@ -172,7 +173,9 @@ class Bench:
         raw = {}
         if misuse and isinstance(returned, Mapping):
             tensors = {name: value for name, value in returned.items() if isinstance(value, torch.Tensor)}
-            raw = {name: _on_the_host(value) for name, value in tensors.items() if not value.is_meta}
+            raw = {
+                name: _on_the_host(value) for name, value in tensors.items() if value.device.type == self.device.kind
+            }
             returned = dict(returned) | {
                 name: fitted(value, expected[name], self.right.outputs[name], misuse, self.device)
                 for name, value in tensors.items()

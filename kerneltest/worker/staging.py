@@ -175,7 +175,9 @@ class Staged:
         self.fills[place] = pattern
         for part in self.materials.dead:
             if part.place is place:
-                fill_dead(self.live, (part,), self.fills)
+                # The case may be a smaller one than the buffers were made for.
+                used = self.live[part.tensor][: part.mask.shape[0]]
+                fill_dead({part.tensor: used}, (part,), self.fills)
                 self.pristine[part.tensor].copy_(self.live[part.tensor])
 
     def scramble(self, names: Sequence[str]) -> None:

@@ -255,9 +255,6 @@ def _parameters(method: str) -> frozenset[str]:
     return frozenset(inspect.signature(getattr(BatchPrefillWithPagedKVCacheWrapper, method)).parameters)
 
 
-# The plan looks at both indptr and at the last page's length; what is in the page table the device alone reads
-# (page.cuh:225, prefill.py:2411 of 0.6.18.post1).
-PAGE_TABLE = {"index out of range": "the page table is copied to the device and never looked at by the host"}
 # One workspace for several wrappers is what FlashInfer's documentation recommends; a graph is planned for the longest
 # lengths, and so splits keys in another way than an eager launch.
 CONTRACT = LaunchContract(
@@ -267,7 +264,9 @@ CONTRACT = LaunchContract(
     graph_bits=False,
     pdl=True,
     refuses=refuses,
-    trusts=PAGE_TABLE,
+    # The plan looks at both indptr and at the last page's length; what is in the page table the device alone reads
+    # (page.cuh:225, prefill.py:2411 of 0.6.18.post1).
+    trusts={"index out of range": "the page table is copied to the device and never looked at by the host"},
 )
 fa2 = Kernel(
     name="flashinfer.paged_prefill[fa2]",

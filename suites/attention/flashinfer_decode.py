@@ -222,19 +222,7 @@ def _kernel(*, alone: bool, tensor_cores: bool) -> Kernel:
         unsupported=unsupported(tensor_cores=tensor_cores),
         inexact={"value_scale": "partial outputs of split keys in fp16 may be subnormal, and then have fewer digits"},
         specialisation=specialisation,
-        contract=(
-            LaunchContract(captured="values")
-            if alone
-            else LaunchContract(
-                replans=True,
-                shares_workspace=True,
-                captured="lengths",
-                graph_bits=False,
-                pdl=True,
-                refuses=refuses,
-                trusts=paged.PAGE_TABLE,
-            )
-        ),
+        contract=(LaunchContract(captured="values") if alone else replace(paged.CONTRACT, refuses=refuses)),
         devices=("cuda",),
         library="flashinfer",
         min_sm=(8, 0),

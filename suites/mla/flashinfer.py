@@ -6,12 +6,13 @@ Lines are those of release 0.6.18.post1, under ``data/include/flashinfer/attenti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, LaunchContract, Numerics, Unsupported
+from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics, Unsupported
 
-from ..attention.flashinfer import PAGE_TABLE
+from ..attention.flashinfer import CONTRACT as OF_ATTENTION
 from ._axes import Mla
 from .mla_paged_attention import mla_paged_attention
 
@@ -125,7 +126,13 @@ def unsupported(case: Case[Mla], device: Device) -> str | None:
 
 
 def refuses(step: str, case: Case[Mla], device: Device) -> str | None:
-    """A captured wrapper needs an index buffer of at least one page."""
+    """A captured wrapper needs an index buffer of at least one page, and the plan counts the SMs of the whole device.
+
+    It makes a block for each (scheduler.cuh:1617), and they are launched cooperatively (mla.cuh:1278,
+    mla_hopper.cuh:1311): the driver refuses more than are there.
+    """
+    if step == "few_sms":
+        return "a block for each SM of the device is launched cooperatively, which no smaller context allows"
     if step == "graph" and not any(case.axes.pages(request) for request in case.axes.requests):
         return "a batch without any key leaves no page index to capture"
     return None
@@ -173,15 +180,8 @@ def _structured() -> bool:
 
 # A graph keeps the grid that it was captured with, and MLAPlan chooses that by the mean number of queries
 # (scheduler.cuh:1612): one that is captured must be replayed for the same queries, as operator.captures has it.
-CONTRACT = LaunchContract(
-    replans=True,
-    shares_workspace=True,
-    captured="lengths",
-    graph_bits=False,
-    refuses=refuses,
-    # plan() copies the offsets and lengths to the host; of kv_indices the kernel reads what it needs (mla.cuh:340).
-    trusts=PAGE_TABLE,
-)
+# As with prefill, of kv_indices the device alone reads what it needs (mla.cuh:340).
+CONTRACT = replace(OF_ATTENTION, pdl=False, refuses=refuses)
 INEXACT = {
     "latent_scale": "partial outputs of split keys in fp16 may be subnormal, and then have fewer digits",
     "head_permutation": "where a query's heads lie in two tiles, each splits its keys at other places",

@@ -46,6 +46,7 @@ from kerneltest.model import (
 from kerneltest.report.html import html
 from kerneltest.report.listener import _lines as lines
 from kerneltest.report.summary import as_dict
+from kerneltest.worker import acceptance
 from kerneltest.worker.memory import Memory
 from kerneltest.worker.misuse import Bench, Misuser, unclear
 from kerneltest.worker.poison import Pattern
@@ -400,6 +401,17 @@ def test_fewer_rows_may_be_answered_by_fewer_rows_and_by_no_others(rig: Rig) -> 
     found = outcome(rig, padded, *name, operator=rows).finding
     assert found is not None
     assert found.kind == "BadInputAccepted"
+
+
+def test_an_answer_is_read_on_the_host_wherever_the_kernel_ran(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda = replace(CPU, kind="cuda")
+    monkeypatch.setattr(rig, "device", on_cuda)
+    monkeypatch.setattr(acceptance, "_is_right", lambda *_: True)
+    narrow = replace(case(), axes=replace(case().axes, width=3))
+    materials = materialize(narrow)
+    seen = {"out": torch.zeros(3, 3)}
+    assert acceptance.right_for_what_it_is(kernel(), case(), rig, materials, {}, seen, {})
+    assert not acceptance.right_for_what_it_is(kernel(), case(), rig, materials, {}, {"out": torch.zeros(3, 5)}, {})
 
 
 def test_what_is_left_behind_is_found_and_ends_the_worker(rig: Rig) -> None:

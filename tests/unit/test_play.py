@@ -19,6 +19,7 @@ from kerneltest.model import (
     Call,
     Data,
     Device,
+    Guard,
     Kernel,
     LaunchSequence,
     Neighbour,
@@ -31,10 +32,12 @@ from kerneltest.model import (
     Reuse,
     Status,
 )
+from kerneltest.worker import device as devices
 from kerneltest.worker.company.play import play, play_alone
 from kerneltest.worker.company.scene import Scene
 from kerneltest.worker.execute import execute
 from kerneltest.worker.rig import Rig
+from kerneltest.worker.staging import Staged
 
 CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
 CASE = case((3, 3), dtype="float32")
@@ -204,3 +207,37 @@ def test_what_is_wrong_by_chance_is_not_blamed_on_the_poison(rig: Rig) -> None:
     outcome = execute(kernel(sometimes, deterministic=False), CASE, rig)
     assert outcome.finding is not None
     assert (outcome.finding.kind, outcome.finding.key) == ("Mismatch", "out")
+
+
+def test_dead_elements_of_a_case_smaller_than_its_buffers_are_filled(rig: Rig) -> None:
+    """As when a graph was captured with a larger one."""
+    large, small = (case((3, keys), dtype="float32", spare_pages=2) for keys in (40, 3))
+    large_materials, small_materials = map(paged.materialize, (large, small))
+    with rig.memory.arena(Guard.NONE) as arena:
+        staged = Staged(kernel(), large, large_materials, CPU, arena, dict.fromkeys(Place, Pattern.ZERO))
+        staged.become(small, small_materials)
+        staged.fill_dead(Place.UNREFERENCED_PAGES, Pattern.NAN)
+        pages = staged.live["k_pages"]
+        (dead,) = (d for d in small_materials.dead if (d.tensor, d.place) == ("k_pages", Place.UNREFERENCED_PAGES))
+        assert len(dead.mask) < len(pages)
+        used = pages[: len(dead.mask)]
+        assert bool(dead.mask.any())
+        assert bool(used[dead.mask].isnan().all())
+        assert not bool(used[~dead.mask].isnan().any())
+
+
+def test_a_device_is_lost_only_if_it_fails_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = 1
+
+    def synchronize(_ordinal: int) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RuntimeError("CUDA error: invalid argument")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    on_cuda = replace(CPU, kind="cuda")
+    assert not devices.context_is_lost(on_cuda)
+    left = 100
+    assert devices.context_is_lost(on_cuda)
