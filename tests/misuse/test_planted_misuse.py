@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 # kernel: (kind of failure, kind of misuse, argument)
 PLANTED = {
     "reinterprets": ("BadInputAccepted", "dtype", "rows"),
-    "overreads": ("OutOfBounds", "shape", "rows"),
+    # The rows that are missing are those that indices point at.
+    "overreads": ("OutOfBounds", "index out of range", "rows"),
     "loops": ("Hung", "indptr", "indptr"),
     "aborts": ("Crashed", "index out of range", "indices"),
     "remembers": ("StaleState", "dtype", "rows"),
