@@ -104,20 +104,25 @@ def _playable(
 ) -> dict[Case[Any], str | None]:
     """Up to ``wanted`` cases that the kernel takes, of few specialisations, simplest first; with their digests.
 
-    One that fails alone has no digest. It stays: that is found, too, and needs no step.
+    One that fails alone has no digest. It stays: that is found, too, and needs no step. One that ends the worker is the
+    last that is asked for: the next might as well, and each takes a new worker.
     """
     kernel, started = target.kernel, runner.started
     assert started.device is not None
     found: dict[Case[Any], str | None] = {}
     asked: set[Case[Any]] = set()
     modules: set[str] = set()
+    deaths: list[Case[Any]] = []
 
     def collect(case: Case[Any]) -> None:
         module = kernel.specialisation(case)
-        if case in asked or len(found) == wanted or (module not in modules and len(modules) == profile.modules):
+        enough = bool(deaths) or len(found) == wanted
+        if case in asked or enough or (module not in modules and len(modules) == profile.modules):
             return
         asked.add(case)
         outcome = alone(runner, target, case)
+        if outcome.fatal:
+            deaths.append(case)
         if outcome.status is not Status.UNSUPPORTED:
             found[case] = outcome.digest
             modules.add(module)

@@ -102,6 +102,8 @@ class _Hunt:
             module = kernel.specialisation(case)
             if case in asked or (module not in modules and len(modules) == self.profile.modules):
                 return
+            if any(asked.values()) and time.monotonic() - self.begun > self.profile.misuse_seconds(self.device) / 2:
+                return  # those that kill their worker take long
             outcome = self.ask(case, "list")
             asked[case] = outcome.misuses
             if outcome.status is Status.UNSUPPORTED:
@@ -125,8 +127,8 @@ class _Hunt:
             if chosen:
                 best = max(left, key=lambda case: sum(misuse.name not in covered for misuse in asked[case]))
             left.remove(best)
-            # What no case before had comes first, should time run out.
-            chosen[best] = tuple(sorted(asked[best], key=lambda misuse: misuse.name in covered))
+            # What no case before had comes first, should time run out; what may have to be compiled for comes last.
+            chosen[best] = tuple(sorted(asked[best], key=lambda it: (it.name in covered, it.kind == "dtype")))
             covered |= {misuse.name for misuse in asked[best]}
         self.chosen_at = time.monotonic()
         return chosen

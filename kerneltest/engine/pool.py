@@ -26,6 +26,8 @@ from kerneltest.model import Finding, Kernel, Outcome, Start, Started, Status, d
 
 # From the start of the process to its first answer: importing torch and compiling the poison kernels takes a while.
 START_DEADLINE = 300.0
+# A device that was there may be busy with its recovery from what a kernel did to it, or be gone for good.
+TIMES_TO_OPEN, SECONDS_BETWEEN = 3, 10.0
 STDERR_LINES = 12
 LAST_WORDS_SECONDS = 0.2
 # How faulthandler begins what it writes; the innermost frame comes first.
@@ -35,7 +37,7 @@ SPARES = max(2, min(4, (os.cpu_count() or 1) // 2))
 
 
 class WorkerFailed(Exception):
-    """A worker could not be started at all; the message holds the end of its stderr."""
+    """A worker could not be started at all, or not with the device; the message holds the end of its stderr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +225,22 @@ class WorkerPool:
         self._worker = None
 
     def _ready(self) -> _Process:
-        if self._worker is None:
+        tries = 0
+        while self._worker is None:
             worker = self._spares.popleft() if self._spares else _Process(self._start, self._libraries)
             answer = worker.receive(START_DEADLINE)
             if isinstance(answer, Death):
                 how = _how_it_ended(answer)
                 raise WorkerFailed("\n  ".join((f"the worker process could not start: {how}", *answer.stderr)))
-            self._started = self._started or decode(Started, answer)
+            started = decode(Started, answer)
+            if self._started is not None and self._started.device is not None and started.device is None:
+                worker.kill()
+                tries += 1
+                if tries == TIMES_TO_OPEN:
+                    raise WorkerFailed(f"the device is gone, and nothing more can be run: {started.error}")
+                time.sleep(SECONDS_BETWEEN)
+                continue
+            self._started = self._started or started
             self._worker = worker
             while self.deaths and len(self._spares) < SPARES:
                 self._spares.append(_Process(self._start, self._libraries))

@@ -72,15 +72,19 @@ def refused(kernel: Kernel, case: Case[Any], device: Device) -> Outcome | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice that CUDA's errors add in further lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def raised_by(kernel: Kernel, error: Exception, device: Device, launches: int, seconds: float) -> Outcome:
     """The outcome of a case whose kernel raised, or lost the device."""
-    lost = devices.context_is_lost(device)
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lost, says = devices.context_is_lost(device), first_line(error)
     finding = Finding(
         kind="Crashed" if lost else "LaunchRaised",
         kernel=kernel.name,
         key=type(error).__name__,
-        what=(f"the device context was lost: {first_line}" if lost else f"{type(error).__name__}: {first_line}"),
+        what=f"the device context was lost: {says}" if lost else f"{type(error).__name__}: {says}",
         details=tuple(_frames(error)),
     )
     return Outcome(status=Status.FAILED, seconds=seconds, launches=launches, finding=finding, fatal=lost)

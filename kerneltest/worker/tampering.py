@@ -124,12 +124,16 @@ def _elsewhere(device: Device) -> str:
 
 
 def _of_inputs(kernel: Kernel, inputs: Mapping[str, torch.Tensor], device: Device) -> Iterator[Tampering]:
-    """What can be wrong with each input. Fewer rows of what indices point into are a matter of the indices."""
-    pointed = {into for name, targets in _addressed(kernel).items() if name in inputs for into in targets}
+    """What can be wrong with each input. Fewer rows of what indices or offsets point into are a matter of those."""
+    pointed = {
+        into: "index out of range" for name, targets in _addressed(kernel).items() if name in inputs for into in targets
+    }
+    if kernel.operator.paging is not None:
+        pointed[kernel.operator.paging.table] = "indptr"
     for name, value in inputs.items():
         for one in _of_tensor("input", name, value, device):
             lost = one.value is not None and one.value.shape[1:] == value.shape[1:] and len(one.value) < len(value)
-            kind = "index out of range" if name in pointed and lost else one.misuse.kind
+            kind = pointed.get(name, one.misuse.kind) if lost else one.misuse.kind
             yield dataclasses.replace(one, misuse=dataclasses.replace(one.misuse, kind=kind))
 
 

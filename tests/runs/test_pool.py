@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from kerneltest import discovery
 from kerneltest.engine.job import Job
 from kerneltest.engine.pool import WorkerFailed, WorkerPool, threads
-from kerneltest.model import Outcome, Start, Status
+from kerneltest.model import Outcome, Start, Started, Status, encode
 
 if TYPE_CHECKING:
     from user_project import Project
@@ -254,6 +255,31 @@ def test_a_worker_that_cannot_start_says_why(
         == "the worker process could not start: exit status 127\n  libcuda.so.1: cannot open shared object"
     )
     assert own_children() == before
+
+
+def test_a_device_that_is_gone_is_no_crash_of_a_kernel(
+    pooled: Pooled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker without a device takes no job; others are asked for one, and then it is the run that ends."""
+    flag, program, python = tmp_path / "started", tmp_path / "python", sys.executable
+    gone = json.dumps(encode(Started(device=None, error="No CUDA GPUs are available")))
+    program.write_text(
+        f"#!/bin/sh\nif [ -e {flag} ]; then read message; echo '{gone}'; sleep 600; fi\n"
+        f'touch {flag}\nexec {python} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr("kerneltest.engine.pool.SECONDS_BETWEEN", 0.0)
+    kernel = discovery.load_kernels(pooled.source)["pooled.segfault"]
+    case: Any = sys.modules[f"{discovery.PACKAGE}.pooled._cheap"].case
+    roots = (str(pooled.source.parents[1]), str(discovery.builtin_root()))
+    pool = WorkerPool(Start(device="cpu", suite_roots=roots, libraries=()), {})
+    try:
+        assert pool.run(Job(kernel=kernel, source=pooled.source, case=case(DEPTH)), deadline=COLD, cold=COLD).fatal
+        with pytest.raises(WorkerFailed, match=r"the device is gone, .*: No CUDA GPUs are available"):
+            pool.run(Job(kernel=kernel, source=pooled.source, case=case(0)), deadline=COLD, cold=COLD)
+    finally:
+        pool.close()
 
 
 def test_workers_side_by_side_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:

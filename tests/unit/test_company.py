@@ -318,6 +318,7 @@ def test_a_neighbour_that_never_lives_is_not_drawn() -> None:
     runner = Runner()
     runner.lethal = lambda name: name == "two"
     trail = hunted(runner)
+    assert [name for name, _ in runner.alone].count("two") == 1  # each death takes a new worker
     assert unchecked(trail) == {"rule: after two": "it ran none of the cases drawn for it"}
     assert not any(has(sequence, Neighbour, kernel="two") for sequence in runner.sequences)
     assert any(has(sequence, Neighbour, kernel="one") for sequence in runner.sequences)

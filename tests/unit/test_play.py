@@ -91,6 +91,23 @@ def test_the_digest_is_that_of_the_launch_alone(rig: Rig) -> None:
 def test_other_bits_than_in_the_quiet_worker_are_stale_state(rig: Rig) -> None:
     outcome = played(kernel(), rig, fresh="0" * 16)
     assert (outcome.finding.kind, outcome.finding.key) == ("StaleState", "process")
+    assert outcome.fatal  # whatever it is, it is still there
+
+
+def test_what_a_sequence_leaves_behind_in_the_process_shows_in_the_next_launch_alone(rig: Rig) -> None:
+    kept: list[int] = []
+
+    def remembers(call: Call) -> Outputs:
+        right(call)
+        if len(kept) >= 3:  # alone, in company and the next one
+            call.outputs["lse"] += 1
+        kept.append(1)
+        return call.outputs
+
+    outcome = played(kernel(remembers), rig)
+    assert (outcome.finding.kind, outcome.finding.key) == ("StaleState", "process, afterwards")
+    assert outcome.finding.culprit == "something that outlives the launches"
+    assert outcome.fatal
 
 
 def test_a_kernel_that_declares_nothing_is_not_a_crash(rig: Rig) -> None:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     import torch
 
 FORM = (outputs_have_the_right_form, inputs_are_intact, buffers_keep_their_bounds)
+# Findings after which the answers of this process mean nothing any more: what is amiss in it outlives launches.
+BEFORE, AFTERWARDS = "process", "process, afterwards"
 
 
 @dataclass
@@ -117,6 +119,7 @@ def play(
         seconds=time.perf_counter() - start,
         launches=execution.launches,
         finding=found and explained(execution, found),
+        fatal=found is not None and found.key in (BEFORE, AFTERWARDS),
         used=playing.used,
         digest=digest(playing.alone),
         repeated=_repeated(playing),
@@ -164,7 +167,7 @@ def alone_it_is_what_a_fresh_worker_gives(playing: _Play) -> Finding | None:
     return finding(
         execution,
         "StaleState",
-        key="process",
+        key=BEFORE,
         what="alone, the kernel gives other bits in this process than in one where nothing else ran",
         details=("a replay, which is alone in its process, need not show it",),
         culprit="something that ran in this process before",
@@ -219,6 +222,25 @@ def every_launch_answers_the_same(playing: _Play) -> Finding | None:
     return None
 
 
+def alone_it_is_afterwards_what_it_was_before(playing: _Play) -> Finding | None:
+    """What outlives the sequence, such as a buffer that the library keeps, must not show in the next launch."""
+    execution = playing.execution
+    if not execution.kernel.deterministic:
+        return None
+    seen = execution.observe(execution.uniform(Pattern.ZERO))
+    name, moved = difference(execution, seen, playing.alone)
+    if name is None or moved is None:
+        return None
+    return finding(
+        execution,
+        "StaleState",
+        key=AFTERWARDS,
+        what=f"{name}: {share(moved)} are not what they were before, in a launch that shares nothing with the sequence",
+        details=(two_values(execution, name, first(moved), seen, playing.alone),),
+        culprit="something that outlives the launches",
+    )
+
+
 def alone_it_is_right(playing: _Play) -> Finding | None:
     """All tiers of the oracle and the certificate, once: the same bits of the same case need no second verdict."""
     execution, judged = playing.execution, playing.execution.rig.judged
@@ -239,6 +261,7 @@ CHECKS: tuple[Callable[[_Play], Finding | None], ...] = (
     bystanders_are_intact,
     in_company_it_answers_as_alone,
     every_launch_answers_the_same,
+    alone_it_is_afterwards_what_it_was_before,
     alone_it_is_right,
 )
 

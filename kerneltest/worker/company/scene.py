@@ -40,6 +40,7 @@ from kerneltest.model import (
 )
 from kerneltest.worker import device as devices
 from kerneltest.worker.company import torch_ops
+from kerneltest.worker.execute import first_line
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.memory import Arena
 from kerneltest.worker.poison import as_bits
@@ -193,13 +194,15 @@ class Scene:
             returned = self._run(staged)
             self._watch(kernel.name, staged, returned)
         except KernelRaised as raised:
-            raise Unsupported(f"the neighbour {kernel.name} raised {raised.error!r}") from raised
+            error = raised.error
+            says = f"{type(error).__name__}: {first_line(error)}"
+            raise Unsupported(f"the neighbour {kernel.name} raised {says}") from raised
         except RuntimeError as error:
             if step.data is Data.FINITE:
                 raise
             # Such as the assertion in torch.multinomial, which ends the whole device context.
-            said = str(error).partition("\n")[0]
-            raise Unsupported(f"the neighbour {kernel.name} does not survive {step.data.value}: {said}") from error
+            why = first_line(error)
+            raise Unsupported(f"the neighbour {kernel.name} does not survive {step.data.value}: {why}") from error
 
     @take.register
     def _(self, step: TorchOp) -> None:
