@@ -21,6 +21,8 @@ KINDS = {
     "indptr": "offsets fall, or end behind the end of what they point into",
     "value out of range": "another integer in a tensor is negative, or huge",
     "nan": "a parameter is NaN",
+    "nan of a row": "the parameter of one row, in a tensor, is NaN",
+    "domain": "rows of probabilities lack a token, and no longer add up to 1",
     "parameter": "a parameter contradicts the shapes of the tensors",
     "workspace": "the workspace is smaller than what was asked for, or less aligned",
 }

@@ -207,6 +207,7 @@ class Operator:
     ``simpler(case)``: cases one step simpler, tried after Hypothesis has shrunk what it drew; must not cycle.
     ``relations``: the metamorphic relations that a case may name. ``paging``: which inputs are pages, if any.
     ``addresses``: other integer inputs that hold indices, each with the input whose leading dimension they count along.
+    ``distributions``: inputs each of whose rows is a probability distribution, unless an input strategy says otherwise.
     ``captures(case)``: draws cases whose tensors are nowhere smaller than those of ``case``, and equal in all that is
     not a leading dimension: what a CUDA graph may have been captured with before it is replayed for ``case``.
     ``explain(case, inputs, outputs)``: a sentence that names the cause of wrong outputs, or None; tensors on the host.
@@ -226,6 +227,7 @@ class Operator:
     relations: tuple[Relation, ...] = ()
     paging: Paging | None = None
     addresses: Mapping[str, str] = field(default_factory=dict)
+    distributions: tuple[str, ...] = ()
     captures: Callable[[Case[Any]], SearchStrategy[Case[Any]]] | None = None
     explain: Callable[[Case[Any], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], str | None] = _no_idea
     certified: tuple[str, ...] = ()
@@ -275,7 +277,9 @@ class LaunchContract:
     all). ``graph_bits``: a replay promises the bits of an eager launch, and not only an answer within the budget.
     ``pdl``: there is a switch for programmatic dependent launch. ``refuses(step, case, device)``: why a kind of step
     cannot be taken around this case, or None. ``trusts``: the kinds of bad input
-    (:data:`~kerneltest.model.misuse.KINDS`) that the kernel leaves to its caller, each with the reason.
+    (:data:`~kerneltest.model.misuse.KINDS`) that the kernel leaves to its caller, each with the reason. ``overwrites``:
+    inputs that the launch first copies into an output, since the library changes them in place. What is wrong with
+    their form ends with the copy; the same is done to the output.
 
     Raises ValueError for a kind of bad input that is none.
     """
@@ -287,6 +291,7 @@ class LaunchContract:
     pdl: bool = False
     refuses: Callable[[str, Case[Any], Device], str | None] = _takes_all
     trusts: Mapping[str, str] = field(default_factory=dict)
+    overwrites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind in self.trusts:

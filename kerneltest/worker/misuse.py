@@ -220,7 +220,7 @@ class Bench:
             what = f"the launch changed its input {', '.join(answer.mutated)}"
             return _about(finding(self.execution, "InputMutated", key="", what=what), misuse)
         # To hand NaN on is right as well.
-        wrong = answer.problem or self._not_right(answer.outputs, nan=misuse.kind == "nan")
+        wrong = answer.problem or self._not_right(answer.outputs, nan=misuse.kind.startswith("nan"))
         if wrong is None:
             return None
         if misuse.role == "input" and misuse.kind in READ_AS_IT_IS and self._right_for_what_it_is(answer, misuse):

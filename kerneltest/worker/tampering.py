@@ -79,9 +79,10 @@ def catalogue(
 ) -> Tamperings:
     """Everything that can be wrong with a call, by the names of the misuses.
 
-    ``inputs``: the host tensors. ``outputs``: those that the kernel writes to buffers of its caller's.
-    ``workspace``: whether it asks for any.
+    ``inputs``: the host tensors; those that the launch copies into an output are left out. ``outputs``: those that the
+    kernel writes to buffers of its caller's. ``workspace``: whether it asks for any.
     """
+    inputs = {name: value for name, value in inputs.items() if name not in kernel.contract.overwrites}
     found = [
         *_of_inputs(kernel, inputs, device),
         *_of_values(kernel, inputs),
@@ -132,8 +133,11 @@ def _of_inputs(kernel: Kernel, inputs: Mapping[str, torch.Tensor], device: Devic
         pointed[kernel.operator.paging.table] = "indptr"
     for name, value in inputs.items():
         for one in _of_tensor("input", name, value, device):
-            lost = one.value is not None and one.value.shape[1:] == value.shape[1:] and len(one.value) < len(value)
-            kind = pointed.get(name, one.misuse.kind) if lost else one.misuse.kind
+            kind, now = one.misuse.kind, one.value.shape if one.value is not None else value.shape
+            if now[1:] == value.shape[1:] and now[0] < value.shape[0]:
+                kind = pointed.get(name, kind)
+            elif name in kernel.operator.distributions and now[:-1] == value.shape[:-1] and now[-1] < value.shape[-1]:
+                kind = "domain"
             yield dataclasses.replace(one, misuse=dataclasses.replace(one.misuse, kind=kind))
 
 
@@ -218,7 +222,7 @@ def _of_values(kernel: Kernel, inputs: Mapping[str, torch.Tensor]) -> Iterator[T
 
         if value.dtype.is_floating_point:
             if value.dim() == 1:  # one number for each row; what has more dimensions is data, where NaN has a meaning
-                yield tampered("nan", "begins with NaN", lambda flat: _set(flat, 0, float("nan")))
+                yield tampered("nan of a row", "begins with NaN", lambda flat: _set(flat, 0, float("nan")))
         elif value.dtype in (torch.int32, torch.int64):
             if name in ends:
                 kind, end = "index out of range", ends[name]

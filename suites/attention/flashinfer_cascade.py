@@ -81,7 +81,7 @@ def specialisation(case: Case[Any]) -> str:
     return "cascade"
 
 
-def _kernel(operator: Operator, launch: Launch) -> Kernel:
+def _kernel(operator: Operator, launch: Launch, overwrites: tuple[str, ...] = ()) -> Kernel:
     return Kernel(
         name=f"flashinfer.{operator.name}",
         operator=operator,
@@ -89,7 +89,7 @@ def _kernel(operator: Operator, launch: Launch) -> Kernel:
         numerics=numerics,
         unsupported=unsupported,
         specialisation=specialisation,
-        contract=LaunchContract(captured="values"),
+        contract=LaunchContract(captured="values", overwrites=overwrites),
         devices=("cuda",),
         library="flashinfer",
         min_sm=(8, 0),
@@ -97,5 +97,5 @@ def _kernel(operator: Operator, launch: Launch) -> Kernel:
 
 
 merge_two = _kernel(merge_state, two)
-merge_in_place = _kernel(merge_state_in_place, in_place)
+merge_in_place = _kernel(merge_state_in_place, in_place, overwrites=("v", "s"))
 merge_several = _kernel(merge_states, several)

@@ -6,6 +6,7 @@ Lines are those of release 0.6.18.post1.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Call, Case, Device, Kernel, LaunchContract
@@ -93,7 +94,7 @@ append_kv = Kernel(
     launch=append,
     numerics=numerics,
     specialisation=specialisation,
-    contract=CONTRACT,
+    contract=replace(CONTRACT, overwrites=("k_pages", "v_pages")),
     devices=("cuda",),
     library="flashinfer",
     min_sm=(8, 0),
@@ -104,7 +105,7 @@ append_latent = Kernel(
     launch=append_mla,
     numerics=numerics,
     specialisation=specialisation,
-    contract=CONTRACT,
+    contract=replace(CONTRACT, overwrites=("ckv_pages", "kpe_pages")),
     devices=("cuda",),
     library="flashinfer",
     min_sm=(8, 0),

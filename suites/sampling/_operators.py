@@ -83,6 +83,7 @@ def sampler(family: Family, portfolio: Portfolio, *, logits: bool = False) -> Op
         locate=locate,
         simpler=simpler(family),
         addresses={"indices": "logits" if logits else "probs"},
+        distributions=() if logits else ("probs",),
         certified=("tokens",),
         certify=certifier("certify_tokens", logits=logits),
         draws=Draws(cases=portfolio, probabilities=probabilities, categories=categories),
@@ -108,6 +109,7 @@ def distribution(
         locate=locate,
         simpler=simpler(family),
         relations=relations,
+        distributions=() if logits else ("probs",),
         certified=(output,),
         certify=certifier(certificate),
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kerneltest.model import FORMATS, AccModel, Call, Case, Device, LaunchContract
+from kerneltest.model import FORMATS, AccModel, Call, Case, Device
 
 from ._axes import Rows
 from ._flashinfer import BLOCK, BLOCKS, PLAIN, kernel, missing, needs_probabilities, parameter
@@ -175,7 +176,7 @@ softmax_kernel = kernel(
     launch_softmax,
     numerics=softmax_numerics,
     unsupported=refusal("softmax", "temperature", "enable_pdl"),
-    contract=LaunchContract(captured="values", pdl=True),
+    contract=replace(PLAIN, pdl=True),
 )
 top_p_default = _top_p("top_p_renorm", deterministic=False)
 top_p_deterministic = _top_p("top_p_renorm[deterministic]", deterministic=True)

@@ -131,7 +131,9 @@ def chain_semantics(case: Case[Chain], device: Device) -> Semantics:
 
 
 # sampling.cu:346 looks at shapes alone. A token of the draft is an index into its probabilities.
-CHAIN = replace(RANDOM, trusts={"value out of range": "the draft's tokens are read by the device, and not by the host"})
+CHAIN = replace(
+    RANDOM, trusts={"value out of range": "the tokens of the draft are read by the device, and not by the host"}
+)
 
 
 def _sampler(operator: Operator, function: str, *names: str, source: str = "probs", fast: bool = False) -> Any:

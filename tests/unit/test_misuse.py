@@ -170,6 +170,21 @@ def test_fewer_rows_of_a_page_table_are_a_matter_of_its_offsets() -> None:
     assert said(found, "order", "shape") == [f"order has shape {shape} instead of [3]" for shape in ("[4]", "[1, 3]")]
 
 
+def test_rows_of_probabilities_without_a_token_are_a_matter_of_the_domain() -> None:
+    sums = kernel(operator=operator(distributions=("data",), addresses={}))
+    found = dict(catalogue(sums, case(), materialize(case()).inputs, CPU, outputs={}, workspace=False))
+    assert said(found, "data", "domain") == ["data has shape [3, 3] instead of [3, 4]"]
+    assert "data has shape [2, 4] instead of [3, 4]" in said(found, "data", "shape")
+
+
+def test_what_a_launch_copies_into_its_outputs_says_nothing_of_the_kernel() -> None:
+    copies = kernel(contract=LaunchContract(overwrites=("data",)))
+    spec = {"out": OutputSpec(shape=(3, 4), dtype="float32")}
+    found = dict(catalogue(copies, case(), materialize(case()).inputs, CPU, outputs=spec, workspace=True))
+    assert not any(one.misuse.argument == "data" for one in found.values())
+    assert said(found, "out", "alignment")
+
+
 def test_the_catalogue_of_values(found: dict[Any, Tampering]) -> None:
     assert said(found, "order", "index out of range") == [
         "order begins with -1",
@@ -178,8 +193,8 @@ def test_the_catalogue_of_values(found: dict[Any, Tampering]) -> None:
     ]
     assert said(found, "offsets", "indptr") == ["offsets falls", "offsets ends with 4, of 3"]
     assert said(found, "count", "value out of range") == ["count begins with -1", "count begins with 1048576"]
-    assert said(found, "weight", "nan") == ["weight begins with NaN"]
-    assert not said(found, "data", "nan")  # of data NaN has a meaning
+    assert said(found, "weight", "nan of a row") == ["weight begins with NaN"]
+    assert not said(found, "data", "nan of a row")  # of data NaN has a meaning
     assert {one.misuse.kind for one in found.values() if one.misuse.argument == "mask"}.isdisjoint(
         {"indptr", "value out of range", "index out of range"}
     )
@@ -353,7 +368,7 @@ def test_nan_that_is_handed_on_is_right_and_nan_that_is_swallowed_is_not(rig: Ri
     def swallows(call: Any) -> Any:
         return {"out": picked(call.inputs, call.case.axes.scale).nan_to_num(0.0)}
 
-    for name in (("parameter", "scale", "nan", "nan"), ("input", "weight", "nan", "begins with NaN")):
+    for name in (("parameter", "scale", "nan", "nan"), ("input", "weight", "nan of a row", "begins with NaN")):
         assert outcome(rig, launch, *name).reaction == "right"
         assert (found := outcome(rig, swallows, *name).finding) is not None
         assert found.kind == "BadInputAccepted"
