@@ -91,7 +91,7 @@ def test_the_digest_is_that_of_the_launch_alone(rig: Rig) -> None:
 def test_other_bits_than_in_the_quiet_worker_are_stale_state(rig: Rig) -> None:
     outcome = played(kernel(), rig, fresh="0" * 16)
     assert (outcome.finding.kind, outcome.finding.key) == ("StaleState", "process")
-    assert outcome.fatal  # whatever it is, it is still there
+    assert not outcome.fatal  # or it could not be shown to take none of the steps
 
 
 def test_what_a_sequence_leaves_behind_in_the_process_shows_in_the_next_launch_alone(rig: Rig) -> None:

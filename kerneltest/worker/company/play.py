@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     import torch
 
 FORM = (outputs_have_the_right_form, inputs_are_intact, buffers_keep_their_bounds)
-# Findings after which the answers of this process mean nothing any more: what is amiss in it outlives launches.
-BEFORE, AFTERWARDS = "process", "process, afterwards"
+# The key of findings after which the answers of this process mean nothing any more.
+AFTERWARDS = "process, afterwards"
 
 
 @dataclass
@@ -119,7 +119,7 @@ def play(
         seconds=time.perf_counter() - start,
         launches=execution.launches,
         finding=found and explained(execution, found),
-        fatal=found is not None and found.key in (BEFORE, AFTERWARDS),
+        fatal=found is not None and found.key == AFTERWARDS,
         used=playing.used,
         digest=digest(playing.alone),
         repeated=_repeated(playing),
@@ -167,7 +167,7 @@ def alone_it_is_what_a_fresh_worker_gives(playing: _Play) -> Finding | None:
     return finding(
         execution,
         "StaleState",
-        key=BEFORE,
+        key="process",
         what="alone, the kernel gives other bits in this process than in one where nothing else ran",
         details=("a replay, which is alone in its process, need not show it",),
         culprit="something that ran in this process before",
