@@ -245,6 +245,17 @@ def test_empty_run():
         assert said[name] in reader.section(name)
 
 
+def test_a_hunt_with_many_failures_shows_the_first_and_folds_the_others():
+    found = [failure(culprit=f"argument {number}", replay=f"pytest {number}") for number in range(3)]
+    red = kernel(verdict=Conclusion.RED, failures=tuple(found), cases=(FAILED,))
+    section = read(red).section("failures")
+    assert html(run(red)).count("<article") == 1
+    assert "Found in the same hunt: 2 failures more." in section
+    for one in found[1:]:
+        assert f"{one.kind}: {one.culprit}" in re.sub(r"\s+:", ":", section)
+    assert all(one.replay in section for one in found)
+
+
 def test_failure():
     found = failure()
     reader = read(RED)
