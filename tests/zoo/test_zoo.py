@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -80,7 +81,16 @@ def hunt(folder: Path, *arguments: str) -> dict[str, Any]:
         f"--kernel-report={folder / 'report.html'}",
         f"--kernel-fixtures={folder / 'fixtures'}",
     ]
-    done = subprocess.run([*command, *options, *arguments], capture_output=True, text=True, cwd=HERE, check=False)
+    # Two kernels at a time. Tensors are small: threads would wait for each other most of the time.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-n", "2", *options, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        env=environment,
+        check=False,
+    )
     assert summary.is_file(), done.stdout + done.stderr
     return json.loads(summary.read_text())
 
