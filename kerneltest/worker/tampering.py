@@ -79,10 +79,9 @@ def catalogue(
 ) -> Tamperings:
     """Everything that can be wrong with a call, by the names of the misuses.
 
-    ``inputs``: the host tensors; those that the launch copies into an output are left out. ``outputs``: those that the
-    kernel writes to buffers of its caller's. ``workspace``: whether it asks for any.
+    ``inputs``: the host tensors; those that the launch copies into an output are left alone. ``outputs``: those that
+    the kernel writes to buffers of its caller's. ``workspace``: whether it asks for any.
     """
-    inputs = {name: value for name, value in inputs.items() if name not in kernel.contract.overwrites}
     found = [
         *_of_inputs(kernel, inputs, device),
         *_of_values(kernel, inputs),
@@ -90,7 +89,8 @@ def catalogue(
         *_of_parameters(kernel, case, inputs, device),
         *(_of_workspace() if workspace else ()),
     ]
-    return {one.misuse.name: one for one in found}
+    copied = kernel.contract.overwrites
+    return {one.misuse.name: one for one in found if one.misuse.role != "input" or one.misuse.argument not in copied}
 
 
 def placed(arena: Arena, tampering: Tampering, device: Device, pattern: Pattern) -> torch.Tensor:
