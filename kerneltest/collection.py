@@ -102,6 +102,15 @@ class SuiteFile(pytest.File):
                 yield DistributionItem.from_parent(self, name=f"{kernel.name}-distribution", suite=suite, target=target)
 
 
+def put_bad_input_last(items: list[pytest.Item]) -> None:
+    """Move the items on bad input behind all others, in their order.
+
+    A GPU whose contexts are lost by the dozen can be busy with that for minutes, or be gone: nothing else should wait
+    for it, or be lost with it.
+    """
+    items.sort(key=lambda item: isinstance(item, MisuseItem))
+
+
 class RecordedItem(pytest.Item):
     """An item that leaves a record for the reports."""
 

@@ -166,6 +166,13 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return collection.suite_file(module_path, parent)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _in_use():
+        from kerneltest import collection
+
+        collection.put_bad_input_last(items)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     # pytest-xdist parses the command line again in each of its processes, and would draw a seed in each.
