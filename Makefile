@@ -9,6 +9,8 @@ PIP := $(VENV)/bin/pip install --disable-pip-version-check --quiet --constraint 
 hunt: $(VENV)/.hunt  ## hunt the attention kernels on whatever device is here, quickly, and say where the report is
 	$(PYTEST) --kernel-suite=attention --kernel-profile=quick
 
+# Tests run two at a time, and threads of both would wait for each other's.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev  ## the tests of kerneltest itself, and every bug ever found, replayed
 	$(PYTEST) fixtures -rs
 	$(PYTEST) tests -m "not gpu" -n 2 --dist loadfile --ignore tests/zoo
