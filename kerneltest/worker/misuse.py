@@ -34,6 +34,8 @@ from kerneltest.worker.rig import Rig
 from kerneltest.worker.staging import KernelRaised, Staged, Workspaces, expected_outputs, wrong_form
 from kerneltest.worker.tampering import LATE, Layout, Tampering, Tamperings, catalogue, placed
 
+# What is wrong, where NaN may be handed on.
+NAN = ("nan", "nan of a row")
 # What is wrong, where the call may all the same be answered by what the tensor says now.
 READ_AS_IT_IS = ("dtype", "shape", "value out of range")
 # What Python, or torch, says when something went wrong that nobody had thought of. It names no argument.
@@ -219,8 +221,7 @@ class Bench:
         if answer.mutated:
             what = f"the launch changed its input {', '.join(answer.mutated)}"
             return _about(finding(self.execution, "InputMutated", key="", what=what), misuse)
-        # To hand NaN on is right as well.
-        wrong = answer.problem or self._not_right(answer.outputs, nan=misuse.kind.startswith("nan"))
+        wrong = answer.problem or self._not_right(answer.outputs, nan=misuse.kind in NAN)
         if wrong is None:
             return None
         if misuse.role == "input" and misuse.kind in READ_AS_IT_IS and self._right_for_what_it_is(answer, misuse):

@@ -126,9 +126,8 @@ def _elsewhere(device: Device) -> str:
 
 def _of_inputs(kernel: Kernel, inputs: Mapping[str, torch.Tensor], device: Device) -> Iterator[Tampering]:
     """What can be wrong with each input. Fewer rows of what indices or offsets point into are a matter of those."""
-    pointed = {
-        into: "index out of range" for name, targets in _addressed(kernel).items() if name in inputs for into in targets
-    }
+    addressed = [target for name, targets in _addressed(kernel).items() if name in inputs for target in targets]
+    pointed = {into: "index out of range" for into, dim in addressed if dim == 0}
     if kernel.operator.paging is not None:
         pointed[kernel.operator.paging.table] = "indptr"
     for name, value in inputs.items():
@@ -251,18 +250,18 @@ def _set(flat: torch.Tensor, position: int, number: float) -> None:
 def _ends(kernel: Kernel, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The inputs that hold indices, each with the first one that is too large."""
     return {
-        name: min(inputs[into].shape[0] for into in targets if into in inputs)
+        name: min(inputs[into].shape[dim] for into, dim in targets if into in inputs)
         for name, targets in _addressed(kernel).items()
-        if name in inputs and any(into in inputs for into in targets)
+        if name in inputs and any(into in inputs for into, _ in targets)
     }
 
 
-def _addressed(kernel: Kernel) -> dict[str, tuple[str, ...]]:
-    """The inputs that hold indices, each with the inputs whose leading dimension they count along."""
+def _addressed(kernel: Kernel) -> dict[str, list[tuple[str, int]]]:
+    """The inputs that hold indices, each with the inputs that they count along, and the dimension."""
     operator = kernel.operator
-    addressed: dict[str, tuple[str, ...]] = {name: (into,) for name, into in operator.addresses.items()}
+    addressed = {name: [(into, 0) if isinstance(into, str) else into] for name, into in operator.addresses.items()}
     if operator.paging is not None:
-        addressed[operator.paging.table] = operator.paging.pages
+        addressed[operator.paging.table] = [(pages, 0) for pages in operator.paging.pages]
     return addressed
 
 

@@ -65,17 +65,17 @@ def seed_stays_behind(step: str, case: Case[Any], device: Device) -> str | None:
     return None
 
 
-# What lies on the device is not read back, which would mean to wait for it.
-TRUSTED = dict.fromkeys(
-    ("nan of a row", "value out of range"), "the parameters of rows are read by the device, and not by the host"
-) | {"domain": "FlashInfer asks for probabilities, and adds none up to see"}
+ON_THE_DEVICE = "the parameters of rows are read by the device, and not by the host"
 RANDOM = LaunchContract(
     captured="values",
     refuses=seed_stays_behind,
-    # sampling.cu:76 asks for the dtype of indices alone.
-    trusts=TRUSTED | {"index out of range": "the rows that indices name are read by the device, and not by the host"},
+    trusts={
+        # sampling.cu:76 asks for the dtype of indices alone.
+        "index out of range": "the rows and tokens that indices name are read by the device, and not by the host",
+        "nan of a row": f"{ON_THE_DEVICE}, and a token cannot hand NaN on",
+    },
 )
-PLAIN = LaunchContract(captured="values", trusts=TRUSTED)
+PLAIN = LaunchContract(captured="values")
 
 
 def needs_probabilities(case: Case[Rows]) -> str | None:

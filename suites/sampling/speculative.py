@@ -178,6 +178,7 @@ chain_speculative_sampling = Operator(
     budget=no_budget,
     locate=locate,
     simpler=simpler,
+    addresses={"draft_token_ids": ("draft_probs", -1)},
     certified=("output_token_ids", "output_accepted_token_num", "output_emitted_draft_token_num"),
     certify=certify,
     draws=Draws(cases=portfolio, probabilities=probabilities, categories=categories),

@@ -177,6 +177,13 @@ def test_rows_of_probabilities_without_a_token_are_a_matter_of_the_domain() -> N
     assert "data has shape [2, 4] instead of [3, 4]" in said(found, "data", "shape")
 
 
+def test_indices_count_along_the_dimension_that_is_named() -> None:
+    columns = kernel(operator=operator(addresses={"order": ("data", -1)}))
+    found = dict(catalogue(columns, case(), materialize(case()).inputs, CPU, outputs={}, workspace=False))
+    assert said(found, "order", "index out of range")[1] == "order begins with 4, of 4"
+    assert not said(found, "data", "index out of range")  # nothing counts its rows
+
+
 def test_what_a_launch_copies_into_its_outputs_says_nothing_of_the_kernel() -> None:
     copies = kernel(contract=LaunchContract(overwrites=("data",)))
     spec = {"out": OutputSpec(shape=(3, 4), dtype="float32")}
@@ -584,7 +591,10 @@ def test_what_is_trusted_is_not_run_and_listed_with_its_reason() -> None:
 def test_what_there_was_no_time_for_is_listed() -> None:
     trail = hunt_misuse(target(), Rule(lambda case, misuse: RAISED), replace(PROFILE, cpu_misuse_seconds=-1.0), 1)
     assert trail.cases == ()
-    assert [unchecked.what for unchecked in trail.unchecked] == ["pick: bad input, 6 calls more"]
+    assert [unchecked.what for unchecked in trail.unchecked] == [
+        "pick: bad input, 6 calls more",
+        "pick: bad input in further cases (1)",
+    ]
 
 
 def test_a_case_that_fails_by_itself_is_not_held_against_the_misuse() -> None:
