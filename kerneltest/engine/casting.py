@@ -11,7 +11,7 @@ from kerneltest.engine.guards import guarded
 from kerneltest.engine.hunt import Target
 from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
-from kerneltest.model import Case, Kernel, Neighbour, Outcome, Place, Status
+from kerneltest.model import Case, Data, Kernel, Neighbour, Outcome, Place, Status
 from kerneltest.model.sequence import STEPS
 
 # Cases of a neighbour, and how many are drawn for each that is wanted: a kernel refuses some.
@@ -46,17 +46,25 @@ class Cast:
     def cases(self) -> tuple[Case[Any], ...]:
         return tuple(self.digests)
 
+    def without(self, cases: Collection[Case[Any]]) -> Cast:
+        """The cast less those cases of the kernel under test."""
+        return replace(self, digests={case: digest for case, digest in self.digests.items() if case not in cases})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbours:
     """Every kernel that can run here, by name. Their cases are drawn from ``seed`` once for all hunts of a run.
 
-    ``right``: those cases that run alone, of the kernels that were asked so far.
+    What one hunt learns of them is known to the next: ``right``, those cases that run alone, of the kernels that were
+    asked so far; ``lethal``, the kernels that kill a worker by themselves; ``spoilt``, why a kernel cannot be given
+    such data.
     """
 
     targets: Mapping[str, Target]
     seed: int
     right: dict[str, tuple[Case[Any], ...]] = field(default_factory=dict)
+    lethal: set[str] = field(default_factory=set)
+    spoilt: dict[tuple[str, Data], str] = field(default_factory=dict)
 
 
 # Runs a case of a kernel alone.
@@ -129,4 +137,9 @@ def _playable(
 
     cases = guarded(kernel.operator.cases(profile.size(started.device)), started)
     draw(cases.map(lambda case: replace(case, relation="")), collect, DRAWN_FOR_EACH * wanted, seed_value)
-    return dict(sorted(found.items(), key=lambda item: (len(str(item[0])), str(item[0]))))
+    return dict(sorted(found.items(), key=lambda item: simplicity(item[0])))
+
+
+def simplicity(case: Case[Any]) -> tuple[int, str]:
+    """What cases are sorted by, the simplest first."""
+    return (len(str(case)), str(case))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hypothesis import strategies as st
-
-from kerneltest.engine.casting import Cast, Neighbours, assemble
+from kerneltest.engine.casting import Cast, Neighbours, assemble, simplicity
 from kerneltest.engine.chase import Chase, draw
+from kerneltest.engine.completing import complete_kinds, complete_pairs
 from kerneltest.engine.guards import blamed_on_the_guard, named, out_of_bounds
 from kerneltest.engine.hunt import CONFIRMATIONS, Caught, Target, Trail, opinions
 from kerneltest.engine.job import Company
-from kerneltest.engine.ledger import LAUNCH, Ledger
+from kerneltest.engine.ledger import Ledger
 from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
-from kerneltest.engine.programs import plainer, sequences, step_of
+from kerneltest.engine.programs import plainer, sequences
 from kerneltest.model import (
     Case,
     CaseRecord,
@@ -27,42 +26,40 @@ from kerneltest.model import (
     Guard,
     Kernel,
     LaunchSequence,
-    Neighbour,
     Outcome,
     Status,
-    TorchOp,
     Unchecked,
 )
 from kerneltest.model.sequence import STEPS
-
-if TYPE_CHECKING:
-    from hypothesis.strategies import SearchStrategy
 
 # Sequences drawn before the weights are made anew.
 BATCH = 20
 # Deadlines of a case that a sequence gets: one that fails is played dozens of times over to find its culprit.
 PLAYS = 3
+# Why a sequence is not played around a case that needs no company to fail.
+FAILS_ALONE = "the case fails with nothing around it"
 # Hypothesis makes a failing sequence smaller as it does anything; to leave out one step or number after the other, as
 # is done then, knows more of sequences. This share of the time for shrinking is for the former.
 HYPOTHESIS_SHARE = 0.25
-# Sequences of a kind of step that was left out.
-ALONE = 4
 
 
 @dataclass
 class _Company:
-    """The state of one hunt of sequences. ``quiet`` runs launches alone, and nothing else ever runs in it."""
+    """The state of one hunt of sequences. ``quiet`` runs launches alone, and nothing else ever runs in it.
+
+    ``company_only``: what fails with nothing around it is set ``aside``, to see what company does to the other cases.
+    """
 
     target: Target
-    neighbours: Mapping[str, Target]
+    neighbours: Neighbours
     runner: Runner
     quiet: Runner | None
     profile: Profile
     chase: Chase[LaunchSequence] = field(init=False)
     ledger: Ledger = field(default_factory=Ledger)
     fresh: dict[Case[Any], str | None] = field(default_factory=dict)
-    lethal: set[str] = field(default_factory=set)
-    spoilt: dict[tuple[str, Data], str] = field(default_factory=dict)
+    company_only: bool = False
+    aside: dict[Case[Any], Outcome] = field(default_factory=dict)
     launches: int = 0
     repeated: list[tuple[int, int]] = field(default_factory=list)
 
@@ -71,22 +68,26 @@ class _Company:
 
     @property
     def kernels(self) -> dict[str, Kernel]:
-        return {name: target.kernel for name, target in self.neighbours.items()}
+        return {name: target.kernel for name, target in self.neighbours.targets.items()}
 
     def ask(self, sequence: LaunchSequence) -> Outcome:
         """Play a sequence in the worker; a death that is a neighbour's own is not held against the kernel."""
-        known = [step.kernel for step in sequence.neighbours if step.kernel in self.lethal]
+        known = [step.kernel for step in sequence.neighbours if step.kernel in self.neighbours.lethal]
         if known:
             return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {known[0]} kills the worker by itself")
-        if reason := next(filter(None, map(self.spoilt.get, _spoilt(sequence))), None):
+        if reason := next(filter(None, map(self.neighbours.spoilt.get, _spoilt(sequence))), None):
             return Outcome(status=Status.UNSUPPORTED, reason=reason)
+        if self.company_only and self._needs_no_company(sequence):
+            return Outcome(status=Status.UNSUPPORTED, reason=FAILS_ALONE)
         outcome = self.play(sequence)
         if outcome.fatal and outcome.status is Status.UNSUPPORTED and len(_spoilt(sequence)) == 1:
-            self.spoilt[_spoilt(sequence)[0]] = outcome.reason or ""
+            self.neighbours.spoilt[_spoilt(sequence)[0]] = outcome.reason or ""
         elif outcome.fatal and (guilty := self._lethal_neighbour(sequence)):
-            self.lethal.add(guilty)
+            self.neighbours.lethal.add(guilty)
             return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {guilty} kills the worker by itself")
         outcome = self._blamed_on_what_is_unmapped(outcome, sequence)
+        if outcome.finding and self.company_only and self.chase.prey is None and self._set_aside(sequence):
+            return Outcome(status=Status.UNSUPPORTED, reason=FAILS_ALONE)
         if outcome.status is Status.UNSUPPORTED:
             self.ledger.refuse(outcome.reason or "")
         else:
@@ -95,8 +96,23 @@ class _Company:
             self.repeated.append(outcome.repeated)
         return outcome
 
+    def _needs_no_company(self, sequence: LaunchSequence) -> bool:
+        """Whether its case was set aside, or one that ends the worker is launched as well. A wrong one is company."""
+        return any(
+            outcome.fatal or case == sequence.case for case, outcome in self.aside.items() if case in sequence.cases
+        )
+
+    def _set_aside(self, sequence: LaunchSequence) -> bool:
+        """Whether one of its cases, with nothing around it, is to blame for what came of a sequence."""
+        for case in dict.fromkeys(sequence.cases):
+            bare = LaunchSequence(case=case)
+            outcome = self._blamed_on_what_is_unmapped(self.play(bare), bare)
+            if outcome.finding:
+                self.aside[case] = outcome
+        return self._needs_no_company(sequence)
+
     def play(self, sequence: LaunchSequence, guarded: str | None = None) -> Outcome:
-        neighbours = {step.kernel: self.neighbours[step.kernel] for step in sequence.neighbours}
+        neighbours = {step.kernel: self.neighbours.targets[step.kernel] for step in sequence.neighbours}
         company = Company(
             sequence=sequence,
             neighbours={name: (target.kernel, target.source) for name, target in neighbours.items()},
@@ -132,7 +148,7 @@ class _Company:
     def _lethal_neighbour(self, sequence: LaunchSequence) -> str | None:
         """A neighbour whose launch, all alone, ends the worker as well. It has a hunt of its own to answer for it."""
         for step in sequence.neighbours:
-            other = self.neighbours[step.kernel]
+            other = self.neighbours.targets[step.kernel]
             if step.kernel != self.target.kernel.name and self.alone(self.runner, other, step.case).fatal:
                 return step.kernel
         return None
@@ -182,7 +198,7 @@ def hunt_sequences(
     ``neighbours``: every kernel that can run here. ``kinds``: the kinds of steps to draw. Raises
     :class:`~kerneltest.engine.pool.WorkerFailed` if no worker can be had.
     """
-    state = _Company(target, neighbours.targets, runner, quiet, profile)
+    state = _Company(target, neighbours, runner, quiet, profile, company_only=True)
     cast = assemble(state.alone, target, neighbours, runner, quiet, profile, kinds, seed_value)
     if quiet is not None:
         state.fresh |= cast.digests
@@ -192,14 +208,18 @@ def hunt_sequences(
     assert device is not None, "the caller checks that the worker has a device"
     chase, batch, wanted = state.chase, 0, profile.sequences(device)
     chase.patience = profile.shrink_seconds * HYPOTHESIS_SHARE
-    while len(chase.ran) < wanted and chase.minimal is None and batch < 3 * wanted // BATCH + 3:
+    while len(chase.ran) < wanted and chase.minimal is None and cast.cases and batch < 3 * wanted // BATCH + 3:
         batch += 1
         left = min(BATCH, wanted - len(chase.ran))
         # Hypothesis begins with the simplest sequence, which has run already.
         draw(sequences(cast, state.ledger), chase.check, left + (batch > 1), seed_value + batch)
-    _complete_kinds(state, cast, seed_value)
-    if profile.every_pair:
-        _complete_pairs(state, cast, seed_value)
+        cast = cast.without(state.aside)
+    if cast.cases:
+        complete_kinds(chase, state.ledger, cast, seed_value)
+        if profile.every_pair:
+            complete_pairs(chase, state.ledger, cast, seed_value)
+    if chase.minimal is None and state.aside:
+        _chase_what_fails_alone(state)
     chase.patience, chase.out_of_time = profile.shrink_seconds, False
     while chase.minimal is not None and any(
         map(chase.shows_prey, plainer(chase.minimal[0], state.kernels, target.kernel))
@@ -217,76 +237,51 @@ def replay_sequence(
     sequence: LaunchSequence,
 ) -> Trail:
     """Play one given sequence, without drawing or reducing."""
-    state = _Company(target, neighbours, runner, quiet, profile)
+    state = _Company(target, Neighbours(targets=neighbours, seed=0), runner, quiet, profile)
     state.chase.shows_prey(sequence)
     return _trail(state, None)
 
 
-def _complete_kinds(state: _Company, cast: Cast, seed_value: int) -> None:
-    """Play each kind of step that no sequence had, in a few by itself."""
-    for kind in cast.kinds:
-        played = any(kind in pair for pair in state.ledger.kinds)
-        if state.chase.minimal is None and not played and kind not in state.ledger.refused:
-            draw(_around(cast, step_of(kind, cast)), state.chase.check, ALONE, seed_value)
-
-
-def _complete_pairs(state: _Company, cast: Cast, seed_value: int) -> None:
-    """Play what the draw left out: every launch just before the kernel, every kind of step behind every other."""
-    chase, ledger = state.chase, state.ledger
-    left_out: list[SearchStrategy[Any]] = [
-        st.builds(Neighbour, kernel=st.just(name), case=st.sampled_from(cases))
-        for name, cases in cast.neighbours.items()
-        if not ledger.before[name]
-    ]
-    left_out += [
-        st.builds(TorchOp, op=st.just(op), elements=st.just(1 << 16))
-        for op in (cast.torch_ops if TorchOp.kind in cast.kinds else ())
-        if not ledger.before[f"torch.{op}"]
-    ]
-    for launch in left_out:
-        if chase.minimal is None:
-            draw(_around(cast, lambda _case, launch=launch: launch), chase.check, 2, seed_value)  # type: ignore[misc]
-    for first in cast.kinds:
-        for second in (*cast.kinds, LAUNCH):
-            if chase.minimal is not None or ledger.kinds[first, second] or {first, second} & ledger.refused.keys():
-                continue
-            pair = [step_of(kind, cast) for kind in (first, second) if kind != LAUNCH]
-            draw(_around(cast, *pair), chase.check, 2, seed_value)
-
-
-def _around(cast: Cast, *steps: Callable[[Case[Any]], SearchStrategy[Any]]) -> SearchStrategy[LaunchSequence]:
-    """Sequences of just these steps around any case."""
-
-    def build(case: Case[Any]) -> SearchStrategy[LaunchSequence]:
-        made = [step(case) for step in steps]
-        return st.builds(lambda *chosen: LaunchSequence(case=case, steps=chosen), *made)
-
-    return st.sampled_from(cast.cases).flatmap(build)
+def _chase_what_fails_alone(state: _Company) -> None:
+    """No company did anything: what was set aside is all there is to report."""
+    state.company_only, chase = False, state.chase
+    chase.outcomes = {one: outcome for one, outcome in chase.outcomes.items() if outcome.reason != FAILS_ALONE}
+    chase.shows_prey(LaunchSequence(case=min(state.aside, key=simplicity)))
 
 
 def _trail(state: _Company, cast: Cast | None) -> Trail:
-    chase, kernel, started = state.chase, state.target.kernel.name, state.runner.started
+    chase = state.chase
     caught = _catch(state, *chase.minimal, CONFIRMATIONS if cast else 0) if chase.minimal else None
-    unchecked = {f"{kernel}: step {kind}": why for kind, why in state.ledger.refused.items()}
-    if cast is not None:
-        unchecked |= {f"step {kind}": why for kind, why in started.no_steps.items()}
-        if state.quiet is None:
-            unchecked["equality with a fresh worker"] = "there is no second worker with --kernel-isolation=inprocess"
-        unchecked |= {f"{kernel}: after {name}": "the worker died of it alone" for name in sorted(state.lethal)}
-        unchecked |= {f"{kernel}: after {name} with {data.value}": why for (name, data), why in state.spoilt.items()}
-        for name in sorted(state.neighbours.keys() - cast.neighbours.keys()) if "neighbour" in cast.kinds else ():
-            unchecked[f"{kernel}: after {name}"] = "it ran none of the cases drawn for it"
     return Trail(
         cases=tuple(_record(sequence, outcome) for sequence, outcome in chase.ran.items()),
         unsupported=dict(chase.unsupported),
         launches=state.launches,
         seconds=time.monotonic() - chase.begun,
         caught=caught,
-        unchecked=tuple(Unchecked(what=what, why=why) for what, why in sorted(unchecked.items())),
+        unchecked=tuple(Unchecked(what=what, why=why) for what, why in sorted(_unchecked(state, cast).items())),
         before=dict(state.ledger.before),
         kinds={f"{first} > {second}": count for (first, second), count in sorted(state.ledger.kinds.items())},
         repeated=(sum(total for total, _ in state.repeated), sum(differ for _, differ in state.repeated)),
     )
+
+
+def _unchecked(state: _Company, cast: Cast | None) -> dict[str, str]:
+    """What was not looked at, and why. ``cast``: None for a replay, which plays what it is given."""
+    kernel, others, started = state.target.kernel.name, state.neighbours, state.runner.started
+    told = {f"{kernel}: step {kind}": why for kind, why in state.ledger.refused.items()}
+    if cast is None:
+        return told
+    told |= {f"step {kind}": why for kind, why in started.no_steps.items()}
+    if state.quiet is None:
+        told["equality with a fresh worker"] = "there is no second worker with --kernel-isolation=inprocess"
+    told |= {f"{kernel}: after {name}": "the worker died of it alone" for name in sorted(others.lethal)}
+    told |= {f"{kernel}: after {name} with {data.value}": why for (name, data), why in others.spoilt.items()}
+    if state.aside and state.company_only:
+        kinds = sorted({_verdict(outcome) for outcome in state.aside.values()})
+        told[f"{kernel}: {len(state.aside)} of its cases in company"] = f"they fail alone: {'; '.join(kinds)}"
+    for name in sorted(others.targets.keys() - cast.neighbours.keys()) if "neighbour" in cast.kinds else ():
+        told[f"{kernel}: after {name}"] = "it ran none of the cases drawn for it"
+    return told
 
 
 def _catch(state: _Company, sequence: LaunchSequence, finding: Finding, confirmations: int) -> Caught:

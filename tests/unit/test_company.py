@@ -284,6 +284,61 @@ def test_what_remains_of_a_bug_by_chance_failed_twice() -> None:
         assert minimal == first or failed[minimal] - found.reproduced >= 2
 
 
+# --- what needs no company
+
+
+def requests(sequence: LaunchSequence) -> int:
+    return len(sequence.case.axes.requests)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cases_that_fail_alone_do_not_hide_what_company_does_to_others(seed: int) -> None:
+    def rule(sequence: LaunchSequence) -> str | None:
+        return "Mismatch" if requests(sequence) == 2 else "StaleState" if has(sequence, EmptyCache) else None
+
+    runner = Runner(rule)
+    trail = hunted(runner, seed)
+    assert trail.caught is not None
+    assert trail.caught.finding.kind == "StaleState"
+    assert trail.caught.sequence is not None
+    assert [step.kind for step in trail.caught.sequence.steps] == ["empty_cache"]
+    (told,) = [what for what in unchecked(trail) if what.endswith("of its cases in company")]
+    assert unchecked(trail)[told] == "they fail alone: Mismatch: by rule"
+
+
+def test_what_fails_alone_is_reported_if_company_does_nothing() -> None:
+    runner = Runner(lambda s: "Mismatch" if requests(s) == 2 else None)
+    trail = hunted(runner)
+    assert trail.caught is not None
+    assert (trail.caught.finding.kind, trail.caught.reproduced) == ("Mismatch", 3)
+    assert trail.caught.sequence == LaunchSequence(case=case((1, 1), (1, 1), head_dim=128, page_size=1))
+    # All others were played in company, as many as there would have been without them.
+    assert len([record for record in trail.cases if not record.note]) >= PROFILE.cpu_sequences
+    assert trail.unsupported["the case fails with nothing around it"] > 0
+    assert unchecked(trail) == {}
+
+
+def test_a_case_that_kills_the_worker_alone_is_not_launched_before_others() -> None:
+    def rule(sequence: LaunchSequence) -> str | None:
+        return "dead" if any(len(one.axes.requests) == 2 for one in sequence.cases) else None
+
+    for seed in range(3):
+        trail = hunted(Runner(rule), seed)
+        assert trail.caught is not None
+        assert trail.caught.finding.kind == "Crashed"
+        assert trail.caught.sequence is not None
+        assert trail.caught.sequence.steps == ()
+
+
+def test_a_wrong_case_launched_before_is_still_company() -> None:
+    def rule(sequence: LaunchSequence) -> str | None:
+        before = any(has(sequence, Again, case=one) for one in sequence.cases if len(one.axes.requests) == 2)
+        return "StaleState" if before and requests(sequence) == 1 else "Mismatch" if requests(sequence) == 2 else None
+
+    found = [hunted(Runner(rule), seed).caught for seed in range(6)]
+    assert "StaleState" in {one.finding.kind for one in found if one}
+
+
 # --- deaths
 
 
@@ -312,6 +367,18 @@ def test_what_a_neighbour_does_not_survive_is_not_asked_twice() -> None:
 
 def spoilt(sequence: LaunchSequence) -> int:
     return sum(step.data is not Data.FINITE for step in sequence.neighbours)
+
+
+def test_what_one_hunt_learns_of_a_neighbour_the_next_one_knows() -> None:
+    reason = "unsupported: the neighbour two does not survive nan, fatal"
+    neighbours = Neighbours(targets=NEIGHBOURS, seed=1)
+    asked = []
+    for _ in range(2):
+        runner = Runner(lambda s: reason if has(s, Neighbour, kernel="two", data=Data.NAN) else None)
+        trail = hunt_sequences(TARGET, neighbours, runner, None, PROFILE, 1, ("neighbour",))
+        asked.append(sum(has(s, Neighbour, kernel="two", data=Data.NAN) for s in runner.sequences))
+        assert "rule: after two with nan" in {item.what for item in trail.unchecked}
+    assert asked[0] > asked[1] == 0
 
 
 def test_a_neighbour_that_never_lives_is_not_drawn() -> None:
