@@ -204,7 +204,7 @@ def test_a_device_that_is_lost_to_a_neighbours_nan_is_not_held_against_the_kerne
     def lost(*_: Any) -> None:
         raise RuntimeError("device-side assert triggered\nmore words")
 
-    monkeypatch.setattr(Scene, "_watch", lost)
+    monkeypatch.setattr(Scene, "watch", lost)
     sequence = LaunchSequence(case=CASE, steps=(Neighbour(kernel="k", case=CASE, data=Data.NAN),))
     outcome = play(kernel(), sequence, rig, {"k": kernel()})
     assert outcome.status is Status.UNSUPPORTED

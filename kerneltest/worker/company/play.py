@@ -31,7 +31,7 @@ from kerneltest.worker.checks import (
     wrong,
 )
 from kerneltest.worker.company.feasible import refusal
-from kerneltest.worker.company.scene import Performance, perform
+from kerneltest.worker.company.performance import Performance, perform
 from kerneltest.worker.differences import REPEATS, difference, finding, first, share, two_values, unstable
 from kerneltest.worker.execute import raised_by, refused
 from kerneltest.worker.execution import Execution
