@@ -10,13 +10,14 @@ import torch
 from kerneltest.model import FP32, Case, ErrorBudget, Rejection
 from kerneltest.model.numerics import DIVISION, FLUSHED
 from kerneltest.oracle import support as certificates
+from kerneltest.oracle.inversion import check_inverse
 from kerneltest.oracle.rounding import interval
 from kerneltest.oracle.softmax import renorm_budget, softmax_budget
 from kerneltest.oracle.support import Support, check_draws, check_kept, mass_above
 from kerneltest.oracle.verdict import judge
 
 from ._axes import Rows
-from ._semantics import Semantics
+from ._semantics import Inverse, Semantics
 
 # Values that a renormalisation multiplies by one number keep their order, but two that are closer than this may meet.
 MERGED = 2.0**-22
@@ -157,13 +158,32 @@ def certify_tokens(
     """Drawn tokens: in range, left by the filters, not of probability 0."""
     support = support_of(case, terms, semantics, logits=logits)
     there = terms.probs > 0 if not logits else terms.values > -torch.inf
+    tokens, allowed = outputs["tokens"], Support(sure=support.sure & there, possible=support.possible & there)
     # A probability that may be flushed is one that is never expected to come up.
-    yield from check_draws(
-        outputs["tokens"],
-        terms.source,
-        Support(sure=support.sure & there, possible=support.possible & there),
-        terms.probs,
-    )
+    wrong = list(check_draws(tokens, terms.source, allowed, terms.probs))
+    yield from wrong
+    if semantics.inverse is not None and not wrong:
+        yield from _replayed(case, terms, semantics, semantics.inverse, tokens, allowed)
+
+
+def _replayed(
+    case: Case[Rows], terms: Terms, semantics: Semantics, inverse: Inverse, tokens: torch.Tensor, support: Support
+) -> Iterator[Rejection]:
+    """Each draw against its random number, if it is certain what the row leaves to draw from."""
+    weights = torch.where(support.possible, terms.probs, 0.0)
+    if semantics.flushes:
+        weights = torch.where(weights <= FLUSHED, 0.0, weights)
+    total = weights.sum(-1)
+    clear = (support.sure == support.possible).all(-1) & (total > 0)
+    numbers = inverse.numbers(case, str(weights.device))
+    gamma = semantics.slack * semantics.mass.gamma(weights.shape[-1])
+    error = torch.zeros_like(numbers)
+    if inverse.scaled:
+        numbers = numbers * total[terms.source]
+        error = (gamma + FP32.u) * numbers
+    # The numbers belong to places in the batch: draws of a row that is not clear keep theirs, and may be anything.
+    error = error.masked_fill(~clear[terms.source], torch.inf)
+    yield from check_inverse(tokens, terms.source, weights, numbers, gamma=gamma, error=error)
 
 
 def certify_renorm(

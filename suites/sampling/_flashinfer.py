@@ -53,6 +53,17 @@ def stream(call: Call) -> dict[str, Any]:
     return {"seed": call.case.seed, "offset": STRIDE * call.draw}
 
 
+def first_numbers(case: Case[Rows], device: str) -> torch.Tensor:
+    """The first random number of each row: Philox with the place of the draw for a subsequence (sampling.cuh:795)."""
+    import numpy as np
+    import torch
+
+    from kerneltest.oracle.philox import curand_uniform
+
+    numbers = curand_uniform(case.seed, np.arange(case.axes.draws, dtype=np.uint64))
+    return torch.from_numpy(numbers).to(device)
+
+
 def parameter(call: Call, name: str) -> Any:
     """A tensor of one for each row, or a number for all."""
     return call.inputs[name] if call.case.axes.per_row else getattr(call.case.axes, name)

@@ -6,15 +6,30 @@ right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from kerneltest.model import FP32, SUM_FP32, AccModel, Fmt
+from kerneltest.model import FP32, SUM_FP32, AccModel, Case, Fmt
 
 if TYPE_CHECKING:
+    import torch
+
     from kerneltest.oracle.softmax import SoftmaxNumerics
 
 Ties = Literal["kept", "index", "reverse", "any"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inverse:
+    """The promise that a draw is the first token whose running sum, in the order of the vocabulary, is above a number.
+
+    ``numbers(case, device)``: the random number of each draw of the first launch, float64 [draws] on that torch device.
+    ``scaled``: it is multiplied, in float32, by the sum of all that is drawn from.
+    """
+
+    numbers: Callable[[Case[Any], str], torch.Tensor]
+    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +44,7 @@ class Semantics:
     tokens with the value of the last that is kept (see :mod:`kerneltest.oracle.support`). ``row_sum``: how the kept are
     added up to be divided by. ``flushes``: subnormal numbers are taken for zeros. ``softmax``: the arithmetic of a
     kernel that makes probabilities of logits itself. ``out``: the format of probabilities that are put out.
+    ``inverse``: the random numbers of a kernel that draws by inverse transform, and promises which it uses.
 
     Raises ValueError for a slack below 1.
     """
@@ -45,6 +61,7 @@ class Semantics:
     flushes: bool = False
     softmax: SoftmaxNumerics | None = None
     out: Fmt = FP32
+    inverse: Inverse | None = None
     batch_invariant: bool = True
     slack: float = 1.0
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from kerneltest.model import Call
+from kerneltest.model import Call, Case
 
 from ._axes import Rows
 
 
 def generator(call: Call) -> torch.Generator:
     """Random numbers of the case and of the number of the launch."""
-    random = torch.Generator(call.inputs["seed"].device)
-    return random.manual_seed(call.case.seed * 1_000_003 + call.draw)
+    return seeded(call.case, call.draw, call.inputs["seed"].device)
+
+
+def seeded(case: Case[Rows], number: int, device: torch.device | str) -> torch.Generator:
+    """The same for the launch of that number of a case."""
+    return torch.Generator(device).manual_seed(case.seed * 1_000_003 + number)
 
 
 def draw(weights: torch.Tensor, random: torch.Generator) -> torch.Tensor:

@@ -19,13 +19,14 @@ from ._flashinfer import (
     BLOCK,
     BLOCKS,
     RANDOM,
+    first_numbers,
     kernel,
     missing,
     needs_probabilities,
     parameter,
     stream,
 )
-from ._semantics import Semantics
+from ._semantics import Inverse, Semantics
 from .filtered import (
     min_p_sampling,
     top_k_sampling,
@@ -81,6 +82,16 @@ def semantics(case: Case[Rows], device: Device) -> Semantics:
     return Semantics(mass=BLOCK, flushes=True)
 
 
+def inverse(case: Case[Rows], device: Device) -> Semantics:
+    """No filter, and one random number for each row: the first running sum above it (sampling.cuh:810, :614)."""
+    return Semantics(mass=BLOCK, flushes=True, inverse=Inverse(numbers=first_numbers))
+
+
+def inverse_of_share(case: Case[Rows], device: Device) -> Semantics:
+    """The same of what the filter leaves, the number times its sum (sampling.cuh:1166)."""
+    return Semantics(mass=BLOCK, flushes=True, inverse=Inverse(numbers=first_numbers, scaled=True))
+
+
 def both(case: Case[Rows], device: Device) -> Semantics:
     """The same, and for one filter after the other how the first puts out what it leaves."""
     from kerneltest.oracle.softmax import SoftmaxNumerics
@@ -129,25 +140,32 @@ def chain_semantics(case: Case[Chain], device: Device) -> Semantics:
     return Semantics()
 
 
-def _sampler(operator: Operator, function: str, *names: str, source: str = "probs", fast: bool = False) -> Any:
+def _sampler(
+    operator: Operator,
+    function: str,
+    *names: str,
+    source: str = "probs",
+    fast: bool = False,
+    numerics: Callable[[Case[Rows], Device], Semantics] = semantics,
+) -> Any:
     return kernel(
         f"{operator.name}[fast]" if fast else operator.name,
         operator,
         launcher(function, source, *names, deterministic=not fast),
-        numerics=both if len(names) == 2 else semantics,
+        numerics=both if len(names) == 2 else numerics,
         unsupported=refusal(function),
         deterministic=not fast,
         contract=RANDOM,
     )
 
 
-from_probs = _sampler(sampling_from_probs, "sampling_from_probs")
-from_probs_fast = _sampler(sampling_from_probs, "sampling_from_probs", fast=True)
+from_probs = _sampler(sampling_from_probs, "sampling_from_probs", numerics=inverse)
+from_probs_fast = _sampler(sampling_from_probs, "sampling_from_probs", fast=True, numerics=inverse)
 from_logits = _sampler(sampling_from_logits, "sampling_from_logits", source="logits")
 top_p = _sampler(top_p_sampling, "top_p_sampling_from_probs", "top_p")
 top_p_fast = _sampler(top_p_sampling, "top_p_sampling_from_probs", "top_p", fast=True)
 top_k = _sampler(top_k_sampling, "top_k_sampling_from_probs", "top_k")
-min_p = _sampler(min_p_sampling, "min_p_sampling_from_probs", "min_p")
+min_p = _sampler(min_p_sampling, "min_p_sampling_from_probs", "min_p", numerics=inverse_of_share)
 top_k_top_p = _sampler(top_k_top_p_sampling, "top_k_top_p_sampling_from_probs", "top_k", "top_p")
 top_k_top_p_logits = _sampler(
     top_k_top_p_sampling_from_logits, "top_k_top_p_sampling_from_logits", "top_k", "top_p", source="logits"

@@ -21,6 +21,8 @@ PLANTED: dict[str, tuple[str, str]] = {
     "from_probs[off by one]": ("WrongSupport", ""),
     "from_probs[lane]": ("WrongSupport", "never were"),
     "from_probs[indices]": ("WrongSupport", ""),
+    "inverse[next numbers]": ("Mismatch", "random numbers"),
+    "inverse[reversed]": ("Mismatch", "random numbers"),
     "from_logits[finite]": ("WrongSupport", "the filter excludes"),
     "top_p[relative]": ("WrongSupport", ""),
     "top_p[inclusive]": ("WrongSupport", "the filter excludes"),

@@ -9,8 +9,11 @@ import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from kerneltest.oracle.philox import curand_uniform
 
 IndexOf = torch.Tensor | None
 
@@ -39,6 +42,17 @@ def _draw(weights: torch.Tensor, indices: IndexOf, seed: Any, offset: Any) -> to
     return torch.multinomial(rows.float(), 1, generator=random).squeeze(-1).to(dtype)
 
 
+def _invert(weights: torch.Tensor, share: bool, indices: IndexOf, seed: Any, offset: Any) -> torch.Tensor:
+    """The first token whose running sum is above the random number of its place in the batch."""
+    rows = weights if indices is None else weights[indices.long()]
+    numbers = curand_uniform(int(seed), np.arange(len(rows), dtype=np.uint64), int(offset))
+    sums = rows.double().cumsum(-1)
+    at = torch.from_numpy(numbers).unsqueeze(-1) * (sums[:, -1:] if share else 1.0)
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    drawn = torch.minimum(torch.searchsorted(sums, at, right=True), last).squeeze(-1)
+    return drawn.to(torch.int32 if indices is None else indices.dtype)
+
+
 def softmax(logits: Any, temperature: Any = None, enable_pdl: Any = None) -> torch.Tensor:
     assert enable_pdl is False
     return (logits.float() / _column(temperature, len(logits), torch.float32)).softmax(-1)
@@ -48,7 +62,7 @@ def sampling_from_probs(
     probs: Any, indices: Any = None, deterministic: bool = True, generator: Any = None, check_nan: bool = False,
     seed: Any = None, offset: Any = None, return_valid: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    return _draw(probs, indices, seed, offset)
+    return _invert(probs, False, indices, seed, offset)
 
 
 def sampling_from_logits(
@@ -79,7 +93,7 @@ def min_p_sampling_from_probs(
     check_nan: bool = False, seed: Any = None, offset: Any = None, return_valid: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     kept = probs >= probs.amax(-1, keepdim=True) * _column(min_p, len(probs), torch.float32)
-    return _draw(probs.where(kept, 0.0), indices, seed, offset)
+    return _invert(probs.where(kept, 0.0), True, indices, seed, offset)
 
 
 def _top_k_first_fast_path_applicable(x: Any, top_k: Any, indices: Any) -> bool:

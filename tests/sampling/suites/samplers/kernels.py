@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import FORMATS, Call, Case, Device, Kernel, Operator
 
-from ..sampling import torch_sort
+from ..sampling import torch_inverse, torch_sort
 from ..sampling._semantics import Semantics
 from ..sampling.filtered import (
     min_p_sampling,
@@ -87,6 +87,14 @@ def unfiltered(call: Call, *, bug: str = "") -> Outputs:
         rows = probs[call.inputs["indices"].long() * 0]
     drawn = f.draw(rows, f.generator(replace(call, draw=0) if bug == "seed" else call))
     return f.tokens(call, drawn + 1 if bug == "off by one" else drawn)
+
+
+def inverted(call: Call, *, bug: str = "") -> Outputs:
+    """Declared: by inverse transform, in the order of the vocabulary. Each bug draws from the right distribution."""
+    if bug == "reversed":
+        flipped = replace(call, inputs={**call.inputs, "probs": call.inputs["probs"].flip(-1)})
+        return {"tokens": call.case.axes.vocabulary - 1 - torch_inverse.launch(flipped)["tokens"]}
+    return torch_inverse.launch(replace(call, draw=call.draw + 1) if bug == "next numbers" else call)
 
 
 def from_logits(call: Call, *, bug: str = "") -> Outputs:
@@ -209,6 +217,7 @@ def plain(case: Case[Any], device: Device) -> Semantics:
 FAMILIES: dict[str, tuple[Operator, Callable[..., Outputs], Any, tuple[str, ...]]] = {
     "softmax": (softmax, tempered, softmax_numerics, ("squared", "row 0")),
     "from_probs": (sampling_from_probs, unfiltered, plain, ("off by one", "lane", "indices", "seed")),
+    "inverse": (sampling_from_probs, inverted, torch_inverse.semantics, ("next numbers", "reversed")),
     "from_logits": (sampling_from_logits, from_logits, plain, ("finite",)),
     "top_p": (top_p_sampling, nucleus, keeps_ties, ("relative", "inclusive", "row 0")),
     "top_k": (top_k_sampling, largest, keeps_ties, ("off by one", "row 0")),

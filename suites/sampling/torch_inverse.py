@@ -1,0 +1,53 @@
+"""Drawing by inverse transform in torch: a running sum, a random number, and the first token that is above it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kerneltest.model import AccModel, Call, Case, Device, Kernel
+
+from ._axes import Rows
+from ._checks import checked
+from ._semantics import Inverse, Semantics
+from .unfiltered import sampling_from_probs
+
+if TYPE_CHECKING:
+    import torch
+
+IN_DOUBLE = AccModel(53, "rne", 1)
+
+
+def launch(call: Call) -> dict[str, torch.Tensor]:
+    """One draw from each chosen row, by a running sum in float64."""
+    import torch
+
+    from . import _torch_filters as f
+
+    sums = f.chosen(call, call.inputs["probs"]).double().cumsum(-1)
+    total = sums[:, -1:].contiguous()
+    numbers = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=f.generator(call))
+    # The sum of all is reached first by the last token of any weight.
+    last = torch.searchsorted(sums, total)
+    return f.tokens(call, torch.minimum(torch.searchsorted(sums, numbers * total, right=True), last).squeeze(-1))
+
+
+def numbers(case: Case[Rows], device: str) -> torch.Tensor:
+    """The numbers of the first launch once more."""
+    import torch
+
+    from . import _torch_filters as f
+
+    return torch.rand(case.axes.draws, dtype=torch.float64, device=device, generator=f.seeded(case, 0, device))
+
+
+def semantics(case: Case[Rows], device: Device) -> Semantics:
+    """No filter; sums and numbers in float64."""
+    return Semantics(mass=IN_DOUBLE, inverse=Inverse(numbers=numbers, scaled=True))
+
+
+from_probs = Kernel(
+    name="torch.sampling_from_probs[inverse]",
+    operator=sampling_from_probs,
+    launch=checked(launch),
+    numerics=semantics,
+)
