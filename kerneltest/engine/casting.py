@@ -33,11 +33,13 @@ class Cast:
     every neighbour by its name.
 
     ``kinds``: the kinds of steps to draw from. ``places`` can be poisoned here; ``torch_ops`` can be launched.
+    ``asserting``: the neighbours that are given finite inputs alone.
     """
 
     kernel: Kernel
     digests: Mapping[Case[Any], str | None]
     neighbours: Mapping[str, tuple[Case[Any], ...]]
+    asserting: frozenset[str] = frozenset()
     torch_ops: tuple[str, ...]
     places: tuple[Place, ...]
     kinds: tuple[str, ...]
@@ -101,6 +103,7 @@ def assemble(
         kernel=target.kernel,
         digests=cases,
         neighbours=others,
+        asserting=frozenset(name for name in others if neighbours.targets[name].kernel.contract.asserts),
         torch_ops=started.torch_ops,
         places=EVERYWHERE if device.kind == "cpu" else (*ON_CHIP, *EVERYWHERE),
         kinds=tuple(possible),

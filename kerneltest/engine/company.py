@@ -97,9 +97,14 @@ class _Company:
         return outcome
 
     def _needs_no_company(self, sequence: LaunchSequence) -> bool:
-        """Whether its case was set aside, or one that ends the worker is launched as well. A wrong one is company."""
+        """Whether its case was set aside, or one that cannot even be launched is launched as well.
+
+        One that merely answers wrongly is company like any other.
+        """
         return any(
-            outcome.fatal or case == sequence.case for case, outcome in self.aside.items() if case in sequence.cases
+            case == sequence.case or _not_launched(outcome)
+            for case, outcome in self.aside.items()
+            if case in sequence.cases
         )
 
     def _set_aside(self, sequence: LaunchSequence) -> bool:
@@ -167,6 +172,10 @@ class _Company:
         else:
             beyond = prey.kind == "OutOfBounds"
         return replace(outcome, finding=_far_out_of_bounds(finding)) if beyond else outcome
+
+
+def _not_launched(outcome: Outcome) -> bool:
+    return outcome.fatal or (outcome.finding is not None and outcome.finding.kind == "LaunchRaised")
 
 
 def _spoilt(sequence: LaunchSequence) -> list[tuple[str, Data]]:
@@ -276,6 +285,8 @@ def _unchecked(state: _Company, cast: Cast | None) -> dict[str, str]:
         told["equality with a fresh worker"] = "there is no second worker with --kernel-isolation=inprocess"
     told |= {f"{kernel}: after {name}": "the worker died of it alone" for name in sorted(others.lethal)}
     told |= {f"{kernel}: after {name} with {data.value}": why for (name, data), why in others.spoilt.items()}
+    for name in sorted(cast.asserting):
+        told[f"{kernel}: after {name} with nan or inf"] = "it asserts on the device that its inputs are finite"
     if state.aside and state.company_only:
         kinds = sorted({_verdict(outcome) for outcome in state.aside.values()})
         told[f"{kernel}: {len(state.aside)} of its cases in company"] = f"they fail alone: {'; '.join(kinds)}"

@@ -33,7 +33,6 @@ LAST_WORDS_SECONDS = 0.2
 # How faulthandler begins what it writes; the innermost frame comes first.
 TRACE_STARTS = ("Fatal Python error", "Current thread", "Stack (most recent call first)")
 WORKER_FRAMES = os.path.join("kerneltest", "worker", "")
-SPARES = max(2, min(4, (os.cpu_count() or 1) // 2))
 
 
 class WorkerFailed(Exception):
@@ -157,6 +156,11 @@ def threads(environment: Mapping[str, str]) -> int | None:
     return None if others is None else max(1, (os.cpu_count() or 1) // int(others))
 
 
+def _spares(environment: Mapping[str, str]) -> int:
+    """How many workers start up at once: each keeps a core busy for seconds."""
+    return max(2, min(4, threads(environment) or (os.cpu_count() or 1) // 2))
+
+
 class WorkerPool:
     """A worker in use, and after the first death a few spare ones that start up meanwhile.
 
@@ -242,7 +246,7 @@ class WorkerPool:
                 continue
             self._started = self._started or started
             self._worker = worker
-            while self.deaths and len(self._spares) < SPARES:
+            while self.deaths and len(self._spares) < _spares(os.environ):
                 self._spares.append(_Process(self._start, self._libraries))
         return self._worker
 

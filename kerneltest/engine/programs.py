@@ -104,12 +104,12 @@ def _makers(cast: Cast, ledger: Ledger) -> dict[str, Callable[[Case[Any]], Searc
             st.sampled_from(PATTERNS),
         )
 
+    def launched(name: str) -> SearchStrategy[Neighbour]:
+        given = st.just(Data.FINITE) if name in cast.asserting else data
+        return st.builds(Neighbour, kernel=st.just(name), case=st.sampled_from(cast.neighbours[name]), data=given)
+
     def neighbour(_case: Case[Any]) -> SearchStrategy[Neighbour]:
-        return st.sampled_from(names).flatmap(
-            lambda name: st.builds(
-                Neighbour, kernel=st.just(name), case=st.sampled_from(cast.neighbours[name]), data=data
-            )
-        )
+        return st.sampled_from(names).flatmap(launched)
 
     def graph(case: Case[Any]) -> SearchStrategy[Graph]:
         other_values = replace(case, seed=(case.seed + 1) % 2**32)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING
 
-from kerneltest.model import Call
+from kerneltest.model import Call, LaunchContract
 
 from ..attention._checks import require, require_within
 from ._axes import Rows
@@ -14,6 +14,8 @@ from ._axes import Rows
 if TYPE_CHECKING:
     import torch
 
+# torch.multinomial asserts on the device that weights are finite and not negative (MultinomialKernel.cu).
+BY_MULTINOMIAL = LaunchContract(asserts=True)
 Launch = Callable[[Call], Mapping[str, "torch.Tensor"]]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kerneltest.model import SUM_FP32, Call, Case, Device, Kernel, LaunchContract
 
 from ._axes import Rows
-from ._checks import checked
+from ._checks import BY_MULTINOMIAL, checked
 from ._semantics import Semantics
 from .softmax import softmax
 from .unfiltered import sampling_from_logits, sampling_from_probs
@@ -62,10 +62,12 @@ from_probs = Kernel(
     operator=sampling_from_probs,
     launch=checked(launch_sampling),
     numerics=semantics,
+    contract=BY_MULTINOMIAL,
 )
 from_logits = Kernel(
     name="torch.sampling_from_logits[multinomial]",
     operator=sampling_from_logits,
     launch=checked(launch_sampling),
     numerics=semantics,
+    contract=BY_MULTINOMIAL,
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kerneltest.model import Call, Case, Device, Kernel
 
-from ._checks import check_chain
+from ._checks import BY_MULTINOMIAL, check_chain
 from ._semantics import Semantics
 from .speculative import Chain, chain_speculative_sampling
 
@@ -50,4 +50,5 @@ speculative = Kernel(
     operator=chain_speculative_sampling,
     launch=launch,
     numerics=semantics,
+    contract=BY_MULTINOMIAL,
 )

@@ -330,6 +330,17 @@ def test_a_case_that_kills_the_worker_alone_is_not_launched_before_others() -> N
         assert trail.caught.sequence.steps == ()
 
 
+def test_a_case_that_raises_alone_is_not_launched_before_others() -> None:
+    def rule(sequence: LaunchSequence) -> str | None:
+        return "LaunchRaised" if any(len(one.axes.requests) == 2 for one in sequence.cases) else None
+
+    for seed in range(3):
+        found = hunted(Runner(rule), seed).caught
+        assert found is not None
+        assert found.sequence is not None
+        assert found.sequence.steps == ()
+
+
 def test_a_wrong_case_launched_before_is_still_company() -> None:
     def rule(sequence: LaunchSequence) -> str | None:
         before = any(has(sequence, Again, case=one) for one in sequence.cases if len(one.axes.requests) == 2)
@@ -430,6 +441,15 @@ def test_a_death_beside_far_pages_stays_a_crash() -> None:
 
 
 # --- what is drawn
+
+
+def test_a_neighbour_that_asserts_is_given_finite_inputs_alone() -> None:
+    one = replace(NEIGHBOURS["one"], kernel=replace(NEIGHBOURS["one"].kernel, contract=LaunchContract(asserts=True)))
+    runner, neighbours = Runner(), Neighbours(targets={**NEIGHBOURS, "one": one}, seed=1)
+    trail = hunt_sequences(TARGET, neighbours, runner, None, PROFILE, 1, ("neighbour",))
+    given = {(step.kernel, step.data) for sequence in runner.sequences for step in sequence.neighbours}
+    assert given == {("one", Data.FINITE), *(("two", data) for data in Data)}
+    assert "rule: after one with nan or inf" in {item.what for item in trail.unchecked}
 
 
 def test_a_kind_of_step_that_is_refused_is_not_drawn_again() -> None:
