@@ -76,6 +76,8 @@ def seed_stays_behind(step: str, case: Case[Any], device: Device) -> str | None:
     return None
 
 
+# A sum that is not 1 can be seen on the device alone, and the documentation asks for probabilities.
+SUMS = "FlashInfer asks for probabilities, and adds none up to see"
 ON_THE_DEVICE = "the parameters of rows are read by the device, and not by the host"
 RANDOM = LaunchContract(
     captured="values",
@@ -84,9 +86,11 @@ RANDOM = LaunchContract(
         # sampling.cu:76 asks for the dtype of indices alone.
         "index out of range": "the rows and tokens that indices name are read by the device, and not by the host",
         "nan of a row": f"{ON_THE_DEVICE}, and a token cannot hand NaN on",
+        "domain": SUMS,
     },
 )
 PLAIN = LaunchContract(captured="values")
+OF_PROBABILITIES = LaunchContract(captured="values", trusts={"domain": SUMS})
 
 
 def needs_probabilities(case: Case[Rows]) -> str | None:

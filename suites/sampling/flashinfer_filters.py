@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import FORMATS, AccModel, Call, Case, Device
 
 from ._axes import Rows
-from ._flashinfer import BLOCK, BLOCKS, ON_THE_DEVICE, PLAIN, kernel, missing, needs_probabilities, parameter
+from ._flashinfer import (
+    BLOCK,
+    BLOCKS,
+    OF_PROBABILITIES,
+    ON_THE_DEVICE,
+    PLAIN,
+    kernel,
+    missing,
+    needs_probabilities,
+    parameter,
+)
 from ._semantics import Semantics
 from .renorm import top_k_mask_logits, top_k_renorm, top_p_renorm
 from .softmax import softmax
@@ -154,7 +164,7 @@ def _top_p(name: str, *, deterministic: bool) -> Any:
         numerics=partial(top_p_semantics, deterministic=deterministic),
         unsupported=refusal("top_p_renorm_probs", "is_deterministic"),
         deterministic=deterministic,
-        contract=replace(PLAIN, trusts={"domain": "FlashInfer asks for probabilities, and adds none up to see"}),
+        contract=OF_PROBABILITIES,
     )
 
 
@@ -187,7 +197,7 @@ top_k_default = kernel(
     numerics=top_k_semantics,
     unsupported=refusal("top_k_renorm_probs", "top_k"),
     deterministic=False,
-    contract=PLAIN,
+    contract=OF_PROBABILITIES,
 )
 mask = kernel(
     "top_k_mask_logits",
