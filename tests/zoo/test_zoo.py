@@ -52,6 +52,8 @@ OPTIONS: dict[str, tuple[str, set[str]]] = {
     "window_edge": ("Mismatch", {"window_left"}),
     "window_top_left": ("Mismatch", {"window_left"}),
     "softcap_dropped": ("Mismatch", {"softcap"}),
+    "alibi_dropped": ("Mismatch", {"alibi"}),
+    "alibi_scaled": ("Mismatch", {"alibi"}),
     "mask_bit_order": ("Mismatch", {"mask", "packed_mask"}),
     "mask_of_the_first": ("Mismatch", {"mask", "packed_mask"}),
     "mask_last_byte": ("Mismatch", {"mask", "packed_mask"}),
