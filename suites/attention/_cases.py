@@ -58,9 +58,9 @@ PIECES = (128, 512)
 # The options that are a module of their own for some libraries.
 COMPILED = ("window_left", "softcap", "kv_dtype", "alibi")
 # How often each option is set where only one may be. Half of the cases have none.
-OPTIONS_DRAWN = {"": 14, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 2, "alibi": 3}
+OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 2, "alibi": 2}
 # A second one, which is rarer. Gemma 2 has a window and a soft-cap.
-SECOND_DRAWN = {"": 17, "window": 1, "softcap": 2, "mask": 1, "quantised": 1, "alibi": 2}
+SECOND_DRAWN = {"": 12, "window": 1, "softcap": 1, "mask": 1, "quantised": 1, "alibi": 1}
 # How often a request has which keys. A prefill of the whole prompt has as many keys as queries: the commonest request,
 # and too rare by chance, as are rows that see no key, because there are fewer keys than queries or none at all.
 KEYS = {"any": 7, "of the prompt": 7, "fewer": 1, "none": 1}

@@ -78,7 +78,7 @@ def hunt(folder: Path, *arguments: str) -> dict[str, Any]:
         "--kernel-sequences=0",
         "--kernel-misused=0",
         "--kernel-device=cpu",
-        "--kernel-seed=11",
+        "--kernel-seed=13",
         f"--kernel-json={summary}",
         f"--kernel-report={folder / 'report.html'}",
         f"--kernel-fixtures={folder / 'fixtures'}",
