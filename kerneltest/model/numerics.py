@@ -170,7 +170,8 @@ class Numerics:
     ``dequant`` is the format that a quantised, scaled K or V is rounded to before it is
     multiplied (None: exact). ``unscaled``: the format that an output is rounded to before the scale of V multiplies it
     (None: it stays fp32). ``tile`` is the smallest number of keys between two rescales of the accumulator,
-    ``exp_rel`` the relative error of its exponential, ``tanh_rel`` that of the soft-cap's tanh. ``lse_base`` is the
+    ``exp_rel`` the relative error of its exponential, ``tanh_rel`` that of the soft-cap's tanh,
+    ``slope_rel`` that of ALiBi's slopes as the kernel has them. ``lse_base`` is the
     base of the returned log-sum-exp (None: the kernel returns none); a row that sees no key may return
     ``lse_no_key`` or less: a finite stand-in for -Inf. ``batch_invariant`` promises that a request's bits do not depend
     on the others of its batch. ``slack`` multiplies the budget; above 1 it is shown in every report.
@@ -191,6 +192,7 @@ class Numerics:
     tile: int = 16
     exp_rel: float = EX2_APPROX
     tanh_rel: float = TANH_APPROX
+    slope_rel: float = FP32.u
     lse_base: Literal["e", "2"] | None = "e"
     lse_no_key: float = float("-inf")
     batch_invariant: bool = False
@@ -211,6 +213,7 @@ class Numerics:
             unscaled=None,
             exp_rel=EX2_APPROX,
             tanh_rel=TANH_APPROX,
+            slope_rel=FP32.u,
             slack=1.0,
         )
 
@@ -229,5 +232,7 @@ class Numerics:
             raise ValueError(f"tile must be at least 1, got {self.tile}")
         if not (0 <= self.exp_rel < 1 and 0 <= self.tanh_rel < 1):
             raise ValueError(f"exp_rel and tanh_rel must lie in [0, 1), got {self.exp_rel} and {self.tanh_rel}")
+        if not 0 <= self.slope_rel < 1:
+            raise ValueError(f"slope_rel must lie in [0, 1), got {self.slope_rel}")
         if not 1 <= self.slack < math.inf:
             raise ValueError(f"slack must be at least 1 and finite, got {self.slack}")

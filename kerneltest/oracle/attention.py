@@ -37,6 +37,8 @@ def attention_budget(
       and η_part below its normal range, as often as they are rounded;
     * flushing subnormal numbers to zero: 2^-126 for each key and for the output.
 
+    A bias b_j of the scores (ALiBi: slope · (j - i), exact but for the slope) adds to ε_j, see :class:`_BiasErrors`.
+
     The log-sum-exp is off by Σ p_j ε_j + ω + γ_l(n) + 4u |lse| + 2^-21, and u_P where it sums the rounded p.
 
     ``exact`` inputs make every p a number that needs no rounding. On ``generic`` ones the rounding of p is noise of
@@ -89,21 +91,63 @@ class _RowErrors:
         u = FP32.u
         relative = numerics.qk.gamma(head_dim) + (numerics.dequant.u if numerics.dequant else 0.0) + 4 * u
         alive = (terms.keys > 0).double()
+        rescales = torch.ceil(terms.keys / numerics.tile)
+        before_cap_out, before_cap_row = terms.dot_out, terms.dot_row  # Σ p |s| |v| and Σ p |s| at most
+        self.bias: _BiasErrors | None = None
         # A part of Σ p ε |v| that is a factor of Σ p|v| is kept apart from the rest of it.
         self.largest = 4 * u * terms.dot_max
+        if terms.bias_row is not None and terms.bias_out is not None:
+            self.bias = _BiasErrors(terms, numerics, softcap, rescales, terms.dot_max)
+            relative += self.bias.of_dot
+            self.largest = self.bias.largest
+            before_cap_out, before_cap_row = before_cap_out + terms.bias_out, before_cap_row + terms.bias_row
         self.score_out = relative * terms.dot_out
         self.score_row = relative * terms.dot_row + self.largest * alive
         self.score_max = relative * terms.dot_max + self.largest
+        if self.bias:
+            self.score_out = self.score_out + self.bias.out
+            self.score_row = self.score_row + self.bias.row
         if softcap:
             rel = numerics.tanh_rel
-            self.score_out = self.score_out + rel * torch.minimum(terms.dot_out, softcap * terms.abs_out)
-            self.score_row = self.score_row + rel * torch.minimum(terms.dot_row, softcap * alive)
-            self.score_max = self.score_max + rel * terms.dot_max.clamp(max=softcap)
-        rescales = torch.ceil(terms.keys / numerics.tile)
+            self.score_out = self.score_out + rel * torch.minimum(before_cap_out, softcap * terms.abs_out)
+            self.score_row = self.score_row + rel * torch.minimum(before_cap_row, softcap * alive)
+            self.score_max = self.score_max + rel * (softcap if self.bias else terms.dot_max.clamp(max=softcap))
         self.weight = (1 + rescales) * numerics.exp_rel + 2 * u * rescales
         self.lengths = _Lengths(terms.keys)
         self.gamma_pv = self.lengths.each(numerics.pv.gamma)
         self.gamma_l = self.lengths.each(numerics.row_sum.gamma)
+
+
+class _BiasErrors:
+    """What a bias b_j that is added to the scaled scores, in fp32, does to the errors of the scores.
+
+    * The bias is off by its slope and one product: (slope_rel + u) |b_j|. The score is a sum now, which is rounded,
+      and the scale and log2 e are no longer one factor: 2u A_j + u |b_j|. With a soft-cap there are three roundings
+      before it, of a reciprocal (two) and a product, and one more after it: 4u (A_j + |b_j|).
+    * 4u |s_j| <= 4u (A_j + |b_j|), of which 4u A_j is there without a bias.
+    * 4u |m| with |m| <= |lse| + ln n, because m <= lse <= m + ln n. While keys go by, the running maximum lies between
+      s_j and m: it is no larger than both together.
+    * Scores grow with their bias, along the keys, and with them the running maximum: it is renewed in each tile. Where
+      a rescale is 2^(m log2 e - m' log2 e) with one of the products rounded and the other not (a fused multiply-add,
+      as of FlashInfer's prefill.cuh:1622), that is u |m| each time, however close the two are: T u (|s_j| + |m|).
+
+    ``of_dot`` is the factor of A_j; ``out`` and ``row`` are Σ p ε |v| and Σ p ε of what |b_j| is a factor of;
+    ``largest`` is what ε has of the rest, for whatever key. ``dot_max``: the largest |s_j - b_j|, or more;
+    ``rescales``: T, or where those roundings are noise, how many of them all together amount to.
+    """
+
+    def __init__(
+        self, terms: AttentionTerms, numerics: Numerics, softcap: float, rescales: torch.Tensor, dot_max: torch.Tensor
+    ) -> None:
+        assert terms.bias_row is not None
+        assert terms.bias_out is not None
+        u, capped = FP32.u, 4 * FP32.u if softcap else 0.0
+        of_bias = numerics.slope_rel + (6 + rescales) * u + capped
+        peak = terms.lse.abs().nan_to_num(posinf=0.0) + terms.keys.clamp(min=1).log()
+        self.of_dot = 2 * u + capped
+        self.out = of_bias.unsqueeze(-1) * terms.bias_out
+        self.row = of_bias * terms.bias_row
+        self.largest = (4 + rescales) * u * peak + rescales * u * dot_max
 
 
 class _RowNoise:
@@ -111,7 +155,8 @@ class _RowNoise:
 
     The partial sums of q·k are a random walk that ends at s: in root mean square (s² / 3 + N² / 6)^½ with
     N² = Σ q²k²; with (s² + 2N²)^½ for it, a walk and its errors exceed Z deviations with a probability of 4e-17.
-    The running maximum of n random tiles is renewed about ln n times, not n times, and a rescale by 1 costs nothing.
+    The running maximum of n random tiles is renewed about ln n times, not n times, and a rescale by 1 costs nothing;
+    with a bias, which grows along the keys, it is n times.
     """
 
     def __init__(
@@ -121,15 +166,22 @@ class _RowNoise:
         s, n = terms.score_max.square(), terms.norm_max.square()
         dequant = numerics.dequant.u if numerics.dequant else 0.0
         directed = qk.bias(head_dim) * (s + n).sqrt() + 8 * u * terms.score_max
-        if softcap:
-            directed = directed + numerics.tanh_rel * terms.score_max
-        # One standard deviation of a score's error; what has a direction, of scores and of weights.
-        self.score = qk.deviation(head_dim) * (s + 2 * n).sqrt() + dequant * terms.norm_max
         tiles = torch.ceil(terms.keys / numerics.tile)
         rescales = torch.minimum(tiles, 12 + 4 * torch.log(tiles + 1))
+        self.bias: _BiasErrors | None = None
+        if row.bias:
+            # Its roundings of the running maximum are of as many different numbers: noise, too.
+            rescales, rounded = tiles, torch.minimum(tiles, Z * WORST_ROUNDING * tiles.sqrt())
+            self.bias = _BiasErrors(terms, numerics, softcap, rounded, terms.score_max)
+            directed = directed + self.bias.of_dot * terms.score_max + self.bias.largest
+        if softcap:
+            directed = directed + numerics.tanh_rel * (softcap if row.bias else terms.score_max)
+        # One standard deviation of a score's error; what has a direction, of scores and of weights.
+        self.score = qk.deviation(head_dim) * (s + 2 * n).sqrt() + dequant * terms.norm_max
         self.weight = (1 + rescales) * numerics.exp_rel + 2 * u * rescales
         self.directed = torch.minimum(directed, row.score_max) + self.weight
-        self.score_sum = torch.minimum(row.score_row, directed + Z * self.score * terms.square_row.sqrt())
+        of_bias = self.bias.row if self.bias else 0.0
+        self.score_sum = torch.minimum(row.score_row, directed + of_bias + Z * self.score * terms.square_row.sqrt())
         self.gamma_l = row.lengths.each(lambda n: _noise_gamma(numerics.row_sum, n))
         self.bias_pv = row.lengths.each(numerics.pv.bias)
         self.deviation_pv = row.lengths.each(numerics.pv.deviation)
@@ -151,6 +203,9 @@ def _noise(terms: AttentionTerms, numerics: Numerics, row: _RowNoise, bound: tor
         + (FLUSHED + numerics.p.eta) * terms.peak_out
         + FLUSHED * (terms.keys.unsqueeze(-1) + 1)
     )
+    if row.bias:
+        # A bias is no random number, and what it costs no noise.
+        others = others + row.bias.out + row.bias.row.unsqueeze(-1) * o
     # Noise that no other element shares: of P·V's sums, V's dequantisation and partial outputs.
     own = (row.deviation_pv.unsqueeze(-1) * (o + 3 * b2)).square()
     if numerics.dequant:

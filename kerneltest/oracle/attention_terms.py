@@ -16,7 +16,7 @@ from kerneltest.oracle.optional import has_triton as _has_triton
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionTerms:
-    """Float64 values of the reference, with p = softmax(s), s = scale * q·k, A = |scale| Σ|q||k|.
+    """Float64 values of the reference, with p = softmax(s), s = scale * q·k + b, A = |scale| Σ|q||k|, b a bias.
 
     Shapes: [..., d_v] for those with ``_out``, [...] for the others, where ... are rows and heads. All of them
     are sums over the visible keys of a row; a row that sees none has out = 0, lse = -Inf, the rest 0.
@@ -30,19 +30,22 @@ class AttentionTerms:
     dot_row: torch.Tensor  # Σ p A
     dot_max: torch.Tensor  # max A, over all keys of the request
     norm_max: torch.Tensor  # max |scale| (Σ q⁴ Σ k⁴)^¼, over the same: no less than |scale| (Σ q²k²)^½
-    score_max: torch.Tensor  # max |s|, over the same
+    score_max: torch.Tensor  # max |s|, over the same; with a bias max |scale q·k|, without any soft-cap
     peak_out: torch.Tensor  # exp(m - lse) Σ |v|, over all keys of the request
     keys: torch.Tensor  # visible keys of a row
     square_out: torch.Tensor  # Σ p² v²
     square_row: torch.Tensor  # Σ p²
     fourth_row: torch.Tensor  # Σ p⁴
+    bias_out: torch.Tensor | None = None  # Σ p |b| |v|; both None where no bias is added
+    bias_row: torch.Tensor | None = None  # Σ p |b|
     spread: Callable[[torch.Tensor, bool], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attended:
     """One dense batch: ``q`` [batch, q_heads, rows, d], ``k`` [batch, kv_heads, keys, d], ``v`` [.., keys, d_v], in any
-    dtype; ``seen`` [batch, rows, keys], broadcastable in the batch. Query head h reads KV head h // group.
+    dtype; ``seen`` [batch, rows, keys], broadcastable in the batch. Query head h reads KV head h // group. ``bias``, if
+    any, is added to the scaled scores before the soft-cap: float64 [batch, q_heads, rows, keys].
     """
 
     q: torch.Tensor
@@ -51,16 +54,18 @@ class Attended:
     seen: torch.Tensor
     scale: float
     softcap: float = 0.0
+    bias: torch.Tensor | None = None
 
 
-# All fields but the function.
-TENSORS = tuple(field.name for field in fields(AttentionTerms) if field.name != "spread")
+# Those that a bias alone has, and all other fields but the function.
+BIASED = ("bias_out", "bias_row")
+TENSORS = tuple(field.name for field in fields(AttentionTerms) if field.name not in ("spread", *BIASED))
 
 
 def from_tensors(
     tensors: Mapping[str, torch.Tensor], spread: Callable[[torch.Tensor, bool], torch.Tensor] | None = None
 ) -> AttentionTerms:
-    """Terms from tensors by name, one for each of :data:`TENSORS`."""
+    """Terms from tensors by name, one for each of :data:`TENSORS` and, with a bias, of :data:`BIASED`."""
     return AttentionTerms(**dict(tensors), spread=spread)
 
 
@@ -68,12 +73,15 @@ def attention_terms(x: Attended) -> AttentionTerms:
     """The terms, shaped [batch, q_heads, rows] and [batch, q_heads, rows, d_v].
 
     Six matrix products; three arrays of [batch, q_heads, rows, keys] live at the widest point. On a GPU that has Triton
-    what lies between the products is one pass over them.
+    what lies between the products is one pass over them. A bias is a product and two arrays more.
     """
     q, k, v = _grouped(x)
     scaled = q * x.scale
-    p, dot = _scores(x, scaled, k), scaled.abs() @ k.abs().mT
+    p, product_max = _scores(x, scaled, k)
+    dot = scaled.abs() @ k.abs().mT
     square, row = _row_terms(p, dot, x.seen)
+    if product_max is not None:
+        row["score_max"] = torch.where(row["keys"] > 0, product_max, 0.0)
     # Sums are divided at the end, not the weights at the beginning: rows are many fewer than weights.
     share = row.pop("share").unsqueeze(-1)
     v_abs = v.abs()
@@ -89,6 +97,9 @@ def attention_terms(x: Attended) -> AttentionTerms:
         "peak_out": share * v_abs.sum(-2, keepdim=True),
         "square_out": square @ v.square() * share.square(),
     }
+    if x.bias is not None:
+        weighted = _per_group(x.bias, x).abs().mul_(p)
+        terms |= {"bias_out": weighted @ v_abs * share, "bias_row": weighted.sum(-1) * share.squeeze(-1)}
     return from_tensors({name: _ungrouped(value, x) for name, value in terms.items()})
 
 
@@ -101,7 +112,7 @@ def weight_spread(x: Attended, out: torch.Tensor, filters: torch.Tensor, *, cent
     q, k, v = _grouped(x)
     w, o = (value.reshape(*q.shape[:-1], value.shape[-1]) for value in (filters, out))
     centre = (w * o).sum(-1) if centred else w.new_zeros(w.shape[:-1])
-    s = _scores(x, q * x.scale, k)
+    s, _ = _scores(x, q * x.scale, k)
     return _ungrouped(_row_spread(s, w @ v.mT, centre, x.seen), x)
 
 
@@ -178,12 +189,25 @@ def _tiled(s: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return seen.repeat(1, s.shape[-2] // max(seen.shape[-2], 1), 1).unsqueeze(1)
 
 
-def _scores(x: Attended, scaled: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The scores [batch, kv_heads, group * rows, keys] in nats, of masked keys as well; ``scaled`` = q · scale."""
+def _per_group(value: torch.Tensor, x: Attended) -> torch.Tensor:
+    """[batch, q_heads, rows, keys] as [batch, kv_heads, group * rows, keys]."""
+    return value.reshape(*x.k.shape[:2], -1, value.shape[-1])
+
+
+def _scores(x: Attended, scaled: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scores [batch, kv_heads, group * rows, keys] in nats, of masked keys as well; ``scaled`` = q · scale.
+
+    With a bias also the largest |scale q·k| of each row, which the scores do not tell any more.
+    """
+    if x.bias is not None:
+        s = scaled @ k.mT
+        largest = torch.stack(s.aminmax(dim=-1)).abs().amax(0) if s.shape[-1] else s.sum(-1)
+        s.add_(_per_group(x.bias, x))
+        return (s.div_(x.softcap).tanh_().mul_(x.softcap) if x.softcap else s), largest
     if not x.softcap:
-        return scaled @ k.mT
+        return scaled @ k.mT, None
     # The division before the product: queries are fewer than scores.
-    return ((scaled / x.softcap) @ k.mT).tanh_().mul_(x.softcap)
+    return ((scaled / x.softcap) @ k.mT).tanh_().mul_(x.softcap), None
 
 
 def _weights(s: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,7 +82,7 @@ def explain(
     axes = case.axes
     if case.inputs != "count" or "out" not in outputs or len(moduli(axes.v_dim)) < 2:
         return None
-    if axes.mask != "none" or axes.v_scale != 1.0:
+    if axes.mask != "none" or axes.v_scale != 1.0 or axes.alibi:
         return None  # the keys that a row sees do not follow each other, or an output is no count
     numbering = _Numbering(axes)
     known: dict[object, tuple[Difference, ...]] = {}

@@ -41,7 +41,9 @@ class PagedPrefill:
     Options, each off by default. Query i of a request has its own place at key i + kv_len - qo_len.
 
     * ``window_left``: keys more than so many before its own place are hidden (-1: none are);
-    * ``softcap``: a score s becomes softcap · tanh(s / softcap) (0: it stays);
+    * ``alibi``: slope_h · (j - i) is added to the scaled score of query i and key j, both counted from the first of
+      their request, with the slopes of :mod:`._alibi`;
+    * ``softcap``: a score s becomes softcap · tanh(s / softcap), after what ``alibi`` adds (0: it stays);
     * ``mask``: which keys a query sees is said by a boolean mask instead of ``causal``, see :mod:`._masks`;
       ``packed_mask``: it is there as bits too, each request from a byte of its own on, the lowest bit first;
     * ``kv_dtype``: of K and V, if not that of q; k stands for k · ``k_scale``, v for v · ``v_scale``;
@@ -76,6 +78,7 @@ class PagedPrefill:
     head_dim_vo: int | None = None
     fixed_split_size: int = 0
     disable_split_kv: bool = False
+    alibi: bool = False
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("head_dim", "kv_heads", "group", "page_size"), 1)
@@ -143,6 +146,7 @@ class PagedPrefill:
 OPTIONS: dict[str, tuple[str, Callable[[PagedPrefill], bool]]] = {
     "window_left": ("a sliding window", lambda axes: axes.window_left >= 0),
     "softcap": ("a soft-cap of the scores", lambda axes: axes.softcap > 0),
+    "alibi": ("ALiBi", lambda axes: axes.alibi),
     "mask": ("a custom mask", lambda axes: axes.mask != "none"),
     "kv_dtype": ("K and V of another dtype", lambda axes: axes.kv_dtype != "same"),
     "scales": ("scales of K and V", lambda axes: (axes.k_scale, axes.v_scale) != (1.0, 1.0)),

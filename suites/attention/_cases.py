@@ -56,11 +56,11 @@ SCALES = (0.375, 1.6875, 0.6875)
 # Keys in a piece of a fixed size.
 PIECES = (128, 512)
 # The options that are a module of their own for some libraries.
-COMPILED = ("window_left", "softcap", "kv_dtype")
+COMPILED = ("window_left", "softcap", "kv_dtype", "alibi")
 # How often each option is set where only one may be. Half of the cases have none.
-OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 2}
+OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 2, "alibi": 2}
 # A second one, which is rarer. Gemma 2 has a window and a soft-cap.
-SECOND_DRAWN = {"": 12, "window": 1, "softcap": 1, "mask": 1, "quantised": 1}
+SECOND_DRAWN = {"": 12, "window": 1, "softcap": 1, "mask": 1, "quantised": 1, "alibi": 1}
 # How often a request has which keys. A prefill of the whole prompt has as many keys as queries: the commonest request,
 # and too rare by chance, as are rows that see no key, because there are fewer keys than queries or none at all.
 KEYS = {"any": 7, "of the prompt": 7, "fewer": 1, "none": 1}
@@ -77,6 +77,8 @@ INPUTS = (
     InputStrategy(name="large_logits", tier="hard"),
     InputStrategy(name="special", tier="hard"),
 )
+# Their weights need no rounding, unless ALiBi makes them anything between 0 and 1.
+EXACT = tuple(strategy.name for strategy in INPUTS if strategy.tier == "exact")
 # How often each is drawn; the simplest comes first. What finds most alone must not be missing in a short run.
 WEIGHTS = dict.fromkeys((strategy.name for strategy in INPUTS), 1) | {
     "generic": 3,
@@ -150,6 +152,11 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
         if inputs == "dyadic":
             options = {name: value for name, value in options.items() if name not in ("softcap", "k_scale")}
             options["sm_scale"] = LN_2
+        if inputs in EXACT:
+            options.pop("alibi", None)
+        elif "alibi" in options:
+            # A module less: the two have nothing to do with each other, as a bias and a soft-cap have.
+            options.pop("window_left", None)
         compiled = [name for name in COMPILED if name in options]
         if kind.dtype != "float32" and compiled:
             # A module for each option is enough: not one for each option and kind, and few for pairs of options.
@@ -177,6 +184,7 @@ TOGETHER: tuple[dict[str, Any], ...] = (
 SIMPLEST: dict[str, Any] = {
     "window_left": -1,
     "softcap": 0.0,
+    "alibi": False,
     "packed_mask": False,
     "k_scale": 1.0,
     "v_scale": 1.0,
@@ -265,6 +273,7 @@ def _options(page_size: int) -> st.SearchStrategy[dict[str, Any]]:
             }
         ),
         "unsplit": st.just({"disable_split_kv": True}),
+        "alibi": st.just({"alibi": True}),
         "pieces": st.sampled_from(PIECES).map(lambda keys: {"fixed_split_size": max(1, keys // page_size)}),
     }
     one, other = (weighted(drawn).flatmap(each.__getitem__) for drawn in (OPTIONS_DRAWN, SECOND_DRAWN))

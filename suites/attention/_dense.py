@@ -69,6 +69,7 @@ class DenseAttention:
     window_left: int = -1
     softcap: float = 0.0
     layout: str = "NHD"
+    alibi: bool = False
 
     def __post_init__(self) -> None:
         _ = self.paged  # which refuses what cannot be
@@ -294,7 +295,7 @@ def _cases(
             if field.name in PagedPrefill.__dataclass_fields__
         }
         if kind:
-            given |= {"window_left": -1, "softcap": 0.0}
+            given |= {"window_left": -1, "softcap": 0.0, "alibi": False}
             given |= {"dtype": kind.dtype, "head_dim": kind.head_dim, "head_dim_vo": kind.head_dim_vo}
         if not layout.batched:
             given["requests"] = (next(request for request in drawn.axes.requests if request.qo_len),)

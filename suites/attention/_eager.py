@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _masks
+from ._alibi import slopes
 from ._axes import PagedPrefill
 from ._tensors import by_slot, queries
 
@@ -22,6 +23,7 @@ class Part:
     v: torch.Tensor  # [q_heads, kv_len, d_v]
     seen: torch.Tensor  # [qo_len, kv_len]
     softcap: float = 0.0
+    bias: torch.Tensor | None = None  # [q_heads, qo_len, kv_len], added to the scaled scores
 
 
 def parts(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor]) -> Iterator[Part]:
@@ -37,7 +39,8 @@ def parts(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor]) -> Iterator[Pa
             for cache, scale in caches
         )
         rows = slice(row, row + request.qo_len)
-        yield Part(rows, q[rows].float().transpose(0, 1), k, v, seen(axes, inputs, number), axes.softcap)
+        shown, bias = seen(axes, inputs, number), alibi(axes, number, q.device) if axes.alibi else None
+        yield Part(rows, q[rows].float().transpose(0, 1), k, v, shown, axes.softcap, bias)
         row, page = rows.stop, page + len(pages)
 
 
@@ -54,6 +57,14 @@ def seen(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor], number: int) ->
     return shown & (keys + axes.window_left >= place) if axes.window_left >= 0 else shown
 
 
+def alibi(axes: PagedPrefill, number: int, device: torch.device) -> torch.Tensor:
+    """What is added to the scores of a request, fp32 [q_heads, qo_len, kv_len]."""
+    request = axes.requests[number]
+    i = torch.arange(request.qo_len, device=device).unsqueeze(-1)
+    distance = (torch.arange(request.kv_len, device=device) - i).float()
+    return torch.tensor(slopes(axes.q_heads), device=device)[:, None, None] * distance
+
+
 def mask_of(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor | None:
     """The mask of a request, from the bits where they are packed."""
     if not axes.packed_mask:
@@ -64,6 +75,8 @@ def mask_of(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor], number: int)
 def attend(part: Part, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [rows, heads, d_v] and the log-sum-exp [rows, heads] in fp32; rows without a key give 0 and -Inf."""
     s = part.q @ part.k.mT * scale
+    if part.bias is not None:
+        s = s + part.bias
     if part.softcap:
         s = part.softcap * torch.tanh(s / part.softcap)
     s = s.masked_fill(~part.seen, float("-inf"))

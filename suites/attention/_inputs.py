@@ -11,7 +11,7 @@ import torch
 from kerneltest.model import FORMATS, FP32, Case, Fmt
 
 from ._axes import LN_2, PagedPrefill, Request
-from ._cases import TILES
+from ._cases import EXACT, TILES
 from ._masks import limits
 
 Values = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -72,8 +72,10 @@ def values(case: Case[PagedPrefill], pages: Sequence[torch.Tensor], total: int, 
     """``q`` [total_qo, q_heads, d], ``k`` [total, page_size, kv_heads, d] and ``v`` [.., d_v] of the case's dtypes.
 
     ``pages``: the physical pages of each request. Raises ValueError for ``dyadic`` with a scale other than ln 2, with
-    one of K, or with a soft-cap: its weights would be no powers of two.
+    one of K, or with a soft-cap: its weights would be no powers of two; and with ALiBi for all whose weights are exact.
     """
+    if case.axes.alibi and case.inputs in EXACT:
+        raise ValueError(f"inputs {case.inputs!r} need scores to which no ALiBi is added")
     dtype, kv_dtype = getattr(torch, case.axes.dtype), getattr(torch, case.axes.kv_format)
     q, k, v = FILLS[case.inputs](Draw(axes=case.axes, pages=pages, total=total, random=random))
     if kv_dtype is not dtype:

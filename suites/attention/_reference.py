@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kerneltest.oracle.attention_terms import (
+    BIASED,
     TENSORS,
     Attended,
     AttentionTerms,
@@ -21,11 +22,14 @@ from kerneltest.oracle.attention_terms import (
     weight_spread,
 )
 
+from ._alibi import slopes
 from ._axes import PagedPrefill
 from ._tensors import by_slot, queries
 
 # Live float64 arrays of [heads, rows, keys] at the widest point of a chunk, and the bytes they may take together.
 LIVE_ARRAYS = 4
+# With a bias of the scores there are two more: the bias itself, and its share of the budget.
+LIVE_ARRAYS_BIASED = 6
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
 
 
@@ -33,7 +37,8 @@ CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 8 << 30}
 class _Span:
     """Some rows of one request: rows ``first`` to ``end`` of the batch and their keys.
 
-    ``place``: the key at the own place of the first of these rows; each row is one further.
+    ``place``: the key at the own place of the first of these rows; each row is one further. ``query``: which query of
+    its request the first row is.
     """
 
     first: int
@@ -41,6 +46,7 @@ class _Span:
     pages: slice
     keys: int
     place: int
+    query: int
     mask: int = 0  # where the first row's bits begin in the mask
 
     @property
@@ -78,6 +84,7 @@ def terms_of(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor], device: str
         softcap=axes.softcap,
         k_scale=axes.k_scale,
         v_scale=axes.v_scale,
+        alibi=axes.alibi,
         device=device,
     )
 
@@ -91,6 +98,7 @@ def paged_attention_terms(
     softcap: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    alibi: bool = False,
     device: str = "cpu",
     chunk_bytes: int = 0,
 ) -> AttentionTerms:
@@ -106,19 +114,24 @@ def paged_attention_terms(
     rule = _Rule(causal, window_left, mask)
     rows, heads, _ = q.shape
     wide = (rows, heads, v_pages.shape[-1])
+    slope = torch.tensor(slopes(heads), dtype=torch.float64, device=device) if alibi else None
+    live_arrays = LIVE_ARRAYS_BIASED if alibi else LIVE_ARRAYS
     empty = {
         name: q.new_zeros(wide if name.endswith("_out") or name == "out" else wide[:2], dtype=torch.float64)
-        for name in TENSORS
+        for name in (*TENSORS, *(BIASED if alibi else ()))
     }
     empty["lse"].fill_(float("-inf"))
     limit = chunk_bytes or CHUNK_BYTES[q.device.type]
-    batches = list(_batches(list(_spans(inputs, k_pages.shape[1], heads, limit)), heads, limit))
+    row_bytes = live_arrays * 8 * heads
+    batches = list(_batches(list(_spans(inputs, k_pages.shape[1], row_bytes, limit)), heads, limit // live_arrays))
 
     def attended(spans: list[_Span]) -> Attended:
         k, v, live = _pad(spans, cache)
         seen = _seen(spans, rule, live)
+        bias = None if slope is None else _bias(spans, slope, live.shape[-1])
         # A scale of all of K is one of the scores.
-        return Attended(q=_gather(q, spans), k=k, v=v, seen=seen, scale=sm_scale * k_scale, softcap=softcap)
+        scale = sm_scale * k_scale
+        return Attended(q=_gather(q, spans), k=k, v=v, seen=seen, scale=scale, softcap=softcap, bias=bias)
 
     def spread(filters: torch.Tensor, centred: bool) -> torch.Tensor:
         result = torch.zeros_like(empty["lse"])
@@ -140,8 +153,11 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.element_size() == 1 else tensor
 
 
-def _spans(inputs: Mapping[str, torch.Tensor], page_size: int, heads: int, limit: int) -> Iterator[_Span]:
-    """The requests that have rows and keys, those too large for the limit cut into pieces of rows."""
+def _spans(inputs: Mapping[str, torch.Tensor], page_size: int, row_bytes: int, limit: int) -> Iterator[_Span]:
+    """The requests that have rows and keys, those too large for the limit cut into pieces of rows.
+
+    ``row_bytes``: for each key that there is.
+    """
     qo_indptr, kv_indptr = inputs["qo_indptr"].tolist(), inputs["kv_indptr"].tolist()
     mask = 0
     for request, last in enumerate(inputs["kv_last_page_len"].tolist()):
@@ -150,22 +166,26 @@ def _spans(inputs: Mapping[str, torch.Tensor], page_size: int, heads: int, limit
         keys = (pages.stop - pages.start - 1) * page_size + last if pages.stop > pages.start else 0
         if keys == 0:
             continue
-        step = max(1, limit // (LIVE_ARRAYS * 8 * heads * keys))
+        step = max(1, limit // (row_bytes * keys))
         for start in range(first, end, step):
             place = start - first + keys - (end - first)
-            yield _Span(start, min(start + step, end), pages, keys, place, mask + (start - first) * keys)
+            query = start - first
+            yield _Span(start, min(start + step, end), pages, keys, place, query, mask + query * keys)
         mask += (end - first) * keys
 
 
 def _batches(spans: list[_Span], heads: int, limit: int) -> Iterator[list[_Span]]:
-    """Spans that are padded together: similar in size, so that at most about half of a batch is padding."""
+    """Spans that are padded together: similar in size, so that at most about half of a batch is padding.
+
+    ``limit``: of the bytes of one array.
+    """
     batch: list[_Span] = []
     for span in sorted(spans, key=lambda s: (s.keys, s.rows)):
         together = [*batch, span]
         rows, keys = max(s.rows for s in together), span.keys
         padded = len(together) * (rows * heads + 2 * keys) * max(keys, 64)
         useful = sum((s.rows * heads + 2 * s.keys) * max(s.keys, 64) for s in together)
-        if batch and (padded * LIVE_ARRAYS * 8 > limit or padded > 2 * useful + (1 << 20)):
+        if batch and (padded * 8 > limit or padded > 2 * useful + (1 << 20)):
             yield batch
             together = [span]
         batch = together
@@ -214,6 +234,14 @@ def _seen(spans: list[_Span], rule: _Rule, live: torch.Tensor) -> torch.Tensor:
         bit = (first_bit + row * lengths).unsqueeze(-1) + slot
         seen = inside & rule.mask[torch.where(inside, bit, 0)]
     return seen
+
+
+def _bias(spans: list[_Span], slope: torch.Tensor, keys: int) -> torch.Tensor:
+    """What ALiBi adds to the score of each row and key, [batch, heads, rows, keys]."""
+    row = torch.arange(max(s.rows for s in spans), device=slope.device)
+    query = torch.tensor([s.query for s in spans], device=slope.device)[:, None] + row
+    distance = torch.arange(keys, device=slope.device) - query.unsqueeze(-1)
+    return slope[:, None, None] * distance[:, None]
 
 
 def _index(spans: list[_Span], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

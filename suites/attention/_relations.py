@@ -54,8 +54,9 @@ def _several_pages(axes: PagedPrefill) -> bool:
     return sum(axes.pages(request) for request in axes.requests) + axes.spare_pages > 1
 
 
-def _several_kv_heads(axes: PagedPrefill) -> bool:
-    return axes.kv_heads > 1
+def _alike_heads(axes: PagedPrefill) -> bool:
+    """Several KV heads, and none whose query heads have slopes of their own, as with ALiBi."""
+    return axes.kv_heads > 1 and not axes.alibi
 
 
 def _several_requests(axes: PagedPrefill) -> bool:
@@ -64,7 +65,7 @@ def _several_requests(axes: PagedPrefill) -> bool:
 
 def _keys_have_no_order(axes: PagedPrefill) -> bool:
     """Whether it does not matter which key comes where; a mask can go with the keys."""
-    return not axes.causal and axes.window_left < 0
+    return not axes.causal and axes.window_left < 0 and not axes.alibi
 
 
 def _several_keys(axes: PagedPrefill) -> bool:
@@ -72,9 +73,14 @@ def _several_keys(axes: PagedPrefill) -> bool:
 
 
 def _can_be_decoded(axes: PagedPrefill) -> bool:
-    """The own place of a query that is alone is the last key: a window has to end there, too."""
-    return any(request.qo_len > 1 and request.kv_len for request in axes.requests) and (
-        axes.causal or axes.window_left < 0
+    """The own place of a query that is alone is the last key: a window has to end there, too.
+
+    With ALiBi it is the first of its request, from which it counts: its log-sum-exp is another.
+    """
+    return (
+        any(request.qo_len > 1 and request.kv_len for request in axes.requests)
+        and (axes.causal or axes.window_left < 0)
+        and not axes.alibi
     )
 
 
@@ -89,9 +95,9 @@ def _can_be_split(axes: PagedPrefill) -> bool:
 def common_pages(axes: PagedPrefill, request: Request) -> int:
     """Whole pages that every query of the request sees, leaving it at least one key to see after them.
 
-    0 with a window or a mask, which show no keys to all.
+    0 with a window or a mask, which show no keys to all, and with ALiBi, which counts keys from the first one.
     """
-    if axes.window_left >= 0 or axes.mask != "none":
+    if axes.window_left >= 0 or axes.mask != "none" or axes.alibi:
         return 0
     return max(0, request.kv_len - (request.qo_len if axes.causal else 1)) // axes.page_size
 
@@ -101,7 +107,7 @@ RELATIONS = (
     _relation("value_sign", "-V", "deterministic", _always),
     _relation("value_scale", "4 V", "deterministic", _always),
     _relation("score_scale", "4 Q and a quarter of the scale", "deterministic", _always),
-    _relation("head_permutation", "the KV heads and their groups in another order", "deterministic", _several_kv_heads),
+    _relation("head_permutation", "the KV heads and their groups in another order", "deterministic", _alike_heads),
     _relation("batch_order", "the requests in another order", "batch_invariant", _several_requests),
     _relation("batch_size", "each request in a batch of its own", "batch_invariant", _several_requests),
     _relation("repeat", "the very same inputs once more", "deterministic", _always),

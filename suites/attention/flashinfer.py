@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ from kerneltest.model import (
     Unsupported,
 )
 
+from ._alibi import error_of_powers
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
     import torch
 
+WRAPPER = "BatchPrefillWithPagedKVCacheWrapper"
 DTYPES = ("bfloat16", "float16")
 # The size that FlashInfer's documentation recommends. It is not always enough: see workspace_bytes.
 RECOMMENDED_WORKSPACE = 128 << 20
@@ -34,6 +36,9 @@ MAX_ROWS_OF_A_BLOCK = 128
 # Up to 0.6.18 math.cuh calls 5e4 infinity, so that a row without keys has lse = -5e4 + log2(something small). It does
 # the work of -Inf in every merge (2^-49000 is 0); from 0.7 on it is -Inf itself.
 NO_KEY_LSE = -49_000.0
+# The value of ``pos_encoding_mode`` for it; the library makes the slopes itself, from the number of query heads.
+ALIBI = "ALIBI"
+FA3_ALIBI = "fa3 has no encoding of positions (utils.py, is_fa3_backend_supported)"  # line 459 of 0.6.18.post1
 
 
 def planner(backend: str) -> Callable[[Call], Any]:
@@ -89,6 +94,8 @@ def plan_options(axes: PagedPrefill) -> dict[str, Any]:
         options["window_left"] = axes.window_left
     if axes.softcap:
         options["logits_soft_cap"] = axes.softcap
+    if axes.alibi:
+        options["pos_encoding_mode"] = ALIBI
     if axes.v_dim != axes.head_dim:
         options["head_dim_vo"] = axes.v_dim
     if axes.fixed_split_size:
@@ -152,7 +159,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     options: dict[str, Any] = {"out": outputs["out"], "lse": outputs["lse"], "return_lse": True}
     options |= {name: getattr(axes, name) for name in ("k_scale", "v_scale") if getattr(axes, name) != 1.0}
     if call.pdl:
-        if "enable_pdl" not in _parameters("run"):
+        if "enable_pdl" not in parameters(WRAPPER, "run"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
     out, lse = call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options)
@@ -172,19 +179,21 @@ def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
         return f"so many pieces of keys need a workspace of {needed >> 20} MiB"
     planned = plan_options(axes).keys() | mask_options(axes).keys()
     for method, wanted in (("run", {"out", "lse", "return_lse"}), ("plan", planned)):
-        if missing := wanted - _parameters(method):
-            return f"this release's {method}() has no parameter {', '.join(sorted(missing))}"
+        if lacks := lacking_parameters(WRAPPER, method, wanted):
+            return lacks
     return None
 
 
 def fa3_unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
     """What utils.py (is_fa3_backend_supported) and batch_prefill_sm90.cu say that fa3 has not, in 0.6.18 and 0.7.2.
 
-    ``backend="fa3"`` asks neither of the first: a mask is not looked at, and K and V of 8 bits do not compile.
+    ``backend="fa3"`` asks none of the first: a mask is not looked at, and K and V of 8 bits do not compile.
     """
     axes = case.axes
     if axes.mask != "none":
         return "fa3 has no custom mask (utils.py, is_fa3_backend_supported)"
+    if axes.alibi:
+        return FA3_ALIBI
     if axes.kv_dtype != "same":
         return "fa3 has K and V of 8 bits for queries of 8 bits alone (utils.py, is_fa3_backend_supported)"
     if axes.v_dim != axes.head_dim:
@@ -220,6 +229,7 @@ def fa2_numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
         row_sum=WGMMA_16BIT,  # a product with ones
         partial=FP32 if axes.disable_split_kv else fmt,
         unscaled=fmt,
+        slope_rel=error_of_powers(axes.q_heads),
         lse_base="2",
         lse_no_key=NO_KEY_LSE,
         batch_invariant=axes.fixed_split_size > 0,
@@ -243,16 +253,26 @@ def specialisation(case: Case[PagedPrefill]) -> str:
         name += f"x{axes.v_dim}"
     if axes.kv_dtype != "same":
         name += f"-{axes.kv_dtype}"
-    return name + ("-window" if axes.window_left >= 0 else "") + ("-softcap" if axes.softcap else "")
+    options = {"window": axes.window_left >= 0, "softcap": axes.softcap > 0, "alibi": axes.alibi}
+    return name + "".join(f"-{option}" for option, asked in options.items() if asked)
+
+
+def lacking_parameters(name: str, method: str, wanted: Set[str]) -> str | None:
+    """Which of these parameters the imported release's function or method has not, or None."""
+    if wanted and (missing := wanted - parameters(name, method)):
+        return f"this release's {method or name}() has no parameter {', '.join(sorted(missing))}"
+    return None
 
 
 @cache
-def _parameters(method: str) -> frozenset[str]:
+def parameters(name: str, method: str = "") -> frozenset[str]:
+    """Those of a function of FlashInfer's, or of a method of one of its classes."""
     import inspect
 
-    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+    import flashinfer
 
-    return frozenset(inspect.signature(getattr(BatchPrefillWithPagedKVCacheWrapper, method)).parameters)
+    named = getattr(flashinfer, name)
+    return frozenset(inspect.signature(getattr(named, method) if method else named).parameters)
 
 
 # One workspace for several wrappers is what FlashInfer's documentation recommends; a graph is planned for the longest

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import FORMATS, FP32, IEEE_FP32, Call, Case, Device, Kernel, LaunchContract, Numerics, Unsupported
 
 from . import flashinfer as paged
+from ._alibi import error_of_powers
 from ._axes import lacking
 from ._dense import DenseAttention, paged_case
-from .flashinfer_ragged import ROUNDINGS_OF_PARTIAL_OUTPUTS
+from .flashinfer_ragged import ROUNDINGS_OF_PARTIAL_OUTPUTS, encoding
 from .paged_decode import PagedDecode, paged_decode
 from .single_decode import single_decode
 
 if TYPE_CHECKING:
     import torch
 
+WRAPPER = "BatchDecodeWithPagedKVCacheWrapper"
 # DISPATCH_GQA_GROUP_SIZE (utils.cuh:142) knows no other groups, and raises for them.
 GROUPS = (1, 2, 3, 4, 6, 8)
 # No chunk of split keys is shorter: max(128 / page_size, 1) pages (scheduler.cuh:325), or 256 keys of one (:711).
@@ -47,7 +48,7 @@ def planner(*, tensor_cores: bool) -> Callable[[Call], Any]:
             wrapper = _wrapper(call, workspace, tensor_cores=tensor_cores)
         elif wrapper._float_workspace_buffer.data_ptr() != workspace.data_ptr():
             wrapper.reset_workspace_buffer(workspace, torch.empty_like(wrapper._int_workspace_buffer))
-        options: dict[str, Any] = {}
+        options = encoding(axes)
         if axes.fixed_split_size:
             options["fixed_split_size"] = axes.fixed_split_size
         if axes.disable_split_kv:
@@ -99,7 +100,7 @@ def launch(call: Call) -> Mapping[str, torch.Tensor]:
     if (axes.k_scale, axes.v_scale) != (1.0, 1.0):
         options |= {"k_scale": axes.k_scale, "v_scale": axes.v_scale}
     if call.pdl:
-        if "enable_pdl" not in _run_parameters():
+        if "enable_pdl" not in paged.parameters(WRAPPER, "run"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
     out, lse = call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options)
@@ -123,6 +124,7 @@ def single(*, tensor_cores: bool) -> Callable[[Call], Mapping[str, torch.Tensor]
             logits_soft_cap=axes.softcap,
             sm_scale=axes.scale,
             return_lse=True,
+            **encoding(axes),
         )
         return {"out": out, "lse": lse}
 
@@ -148,6 +150,7 @@ def cuda_core_numerics(case: Case[Any], device: Device) -> Numerics:
         partial=fmt if split else FP32,
         partial_roundings=ROUNDINGS_OF_PARTIAL_OUTPUTS,
         unscaled=_unscaled(axes),
+        slope_rel=error_of_powers(axes.q_heads),
         tile=1,
         lse_base="2",
         lse_no_key=paged.NO_KEY_LSE,
@@ -168,7 +171,7 @@ def _unscaled(axes: PagedDecode | DenseAttention) -> Any:
 
 def unsupported(*, tensor_cores: bool) -> Callable[[Case[Any], Device], str | None]:
     """Told by what the imported release offers, not by its number."""
-    known = ["window_left", "softcap", "kv_dtype", "scales", "layout", "strided_q", "disable_split_kv"]
+    known = ["window_left", "softcap", "alibi", "kv_dtype", "scales", "layout", "strided_q", "disable_split_kv"]
     if tensor_cores:
         known.append("fixed_split_size")
 
@@ -178,11 +181,12 @@ def unsupported(*, tensor_cores: bool) -> Callable[[Case[Any], Device], str | No
             return f"FlashInfer's decode has no {axes.dtype} kernels"
         if not tensor_cores and axes.group not in GROUPS:
             return f"FlashInfer's decode on CUDA cores has no groups of {axes.group} query heads"
+        asked = {"pos_encoding_mode"} if axes.alibi else set()
         if case.operator == "single_decode":
-            return None
-        missing = {"out", "lse", "return_lse"} - _run_parameters()
-        if missing:
-            return f"this release's run() has no parameter {', '.join(sorted(missing))}"
+            return paged.lacking_parameters("single_decode_with_kv_cache", "", asked)
+        for method, wanted in (("run", {"out", "lse", "return_lse"}), ("plan", asked)):
+            if lacks := paged.lacking_parameters(WRAPPER, method, wanted):
+                return lacks
         # Without tensor cores plan() takes disable_split_kv, and does not look at it.
         return lacking(axes, *known)
 
@@ -199,17 +203,8 @@ def refuses(step: str, case: Case[Any], device: Device) -> str | None:
 def specialisation(case: Case[Any]) -> str:
     """What a module is compiled for at first use (jit/attention/modules.py, get_batch_decode_uri)."""
     axes = case.axes
-    options = f"window-{axes.window_left >= 0}-cap-{axes.softcap > 0}"
+    options = f"window-{axes.window_left >= 0}-cap-{axes.softcap > 0}-alibi-{axes.alibi}"
     return f"{axes.dtype}-{getattr(axes, 'kv_dtype', 'same')}-d{axes.head_dim}-{options}"
-
-
-@cache
-def _run_parameters() -> frozenset[str]:
-    import inspect
-
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-    return frozenset(inspect.signature(BatchDecodeWithPagedKVCacheWrapper.run).parameters)
 
 
 def _kernel(*, alone: bool, tensor_cores: bool) -> Kernel:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Call, Case, Device, Kernel, LaunchContract, Numerics, Unsupported
 
 from . import flashinfer as paged
 from ._dense import DenseAttention, paged_case
+from .paged_prefill import PagedPrefill
 from .ragged_prefill import ragged_prefill
 from .single_prefill import single_prefill
 
 if TYPE_CHECKING:
     import torch
 
+WRAPPER = "BatchPrefillWithRaggedKVCacheWrapper"
 # fa2's partial outputs are kept in the output's type (``tmp_v``), and what the threads of the merge have of them is
 # rounded to it again before it is merged (threadblock_sync_state, attention/cascade.cuh:123).
 ROUNDINGS_OF_PARTIAL_OUTPUTS = 2
@@ -52,10 +53,16 @@ def planner(backend: str) -> Callable[[Call], Any]:
             logits_soft_cap=axes.softcap,
             q_data_type=getattr(torch, axes.dtype),
             kv_data_type=getattr(torch, axes.dtype),
+            **encoding(axes),
         )
         return wrapper
 
     return plan
+
+
+def encoding(axes: PagedPrefill | DenseAttention) -> dict[str, Any]:
+    """What is said of positions, where there is anything to say."""
+    return {"pos_encoding_mode": paged.ALIBI} if axes.alibi else {}
 
 
 def _wrapper(call: Call, workspace: torch.Tensor, backend: str) -> Any:
@@ -80,7 +87,7 @@ def launch(call: Call) -> Mapping[str, torch.Tensor]:
     x, outputs = call.inputs, call.outputs
     options = {"out": outputs["out"], "lse": outputs["lse"], "return_lse": True}
     if call.pdl:
-        if "enable_pdl" not in _run_parameters():
+        if "enable_pdl" not in paged.parameters(WRAPPER, "run"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
     out, lse = call.plan.run(x["q"], x["k"], x["v"], **options)
@@ -105,6 +112,7 @@ def single(backend: str) -> Callable[[Call], Mapping[str, torch.Tensor]]:
             logits_soft_cap=axes.softcap,
             backend=backend,
             return_lse=True,
+            **encoding(axes),
         )
         return {"out": out, "lse": lse}
 
@@ -119,10 +127,18 @@ def unsupported(case: Case[DenseAttention], device: Device) -> str | None:
     if axes.causal and any(request.kv_len < request.qo_len for request in axes.requests):
         # prefill.cuh:2526 refuses this for a single request; the batch wrapper does not check it.
         return "causal with fewer keys than queries is outside of FlashInfer's contract"
-    missing = {"out", "lse", "return_lse"} - _run_parameters()
-    if missing and case.operator == "ragged_prefill":
-        return f"this release's run() has no parameter {', '.join(sorted(missing))}"
+    asked = {"pos_encoding_mode"} if axes.alibi else set()
+    if case.operator == "single_prefill":
+        return paged.lacking_parameters("single_prefill_with_kv_cache", "", asked)
+    for method, wanted in (("run", {"out", "lse", "return_lse"}), ("plan", asked)):
+        if lacks := paged.lacking_parameters(WRAPPER, method, wanted):
+            return lacks
     return None
+
+
+def fa3_unsupported(case: Case[DenseAttention], device: Device) -> str | None:
+    """Beside that, what fa3 has not."""
+    return paged.FA3_ALIBI if case.axes.alibi else unsupported(case, device)
 
 
 def fa2_numerics(case: Case[DenseAttention], device: Device) -> Numerics:
@@ -139,17 +155,8 @@ def fa3_numerics(case: Case[DenseAttention], device: Device) -> Numerics:
 def specialisation(case: Case[DenseAttention]) -> str:
     """What a module is compiled for at first use (jit/attention/modules.py, get_batch_prefill_uri)."""
     axes = case.axes
-    options = f"window-{axes.window_left >= 0}-cap-{axes.softcap > 0}"
+    options = f"window-{axes.window_left >= 0}-cap-{axes.softcap > 0}-alibi-{axes.alibi}"
     return f"{axes.dtype}-d{axes.head_dim}-d{axes.v_dim}-{options}"
-
-
-@cache
-def _run_parameters() -> frozenset[str]:
-    import inspect
-
-    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
-
-    return frozenset(inspect.signature(BatchPrefillWithRaggedKVCacheWrapper.run).parameters)
 
 
 def _kernel(backend: str, *, alone: bool) -> Kernel:
@@ -162,7 +169,7 @@ def _kernel(backend: str, *, alone: bool) -> Kernel:
         plan=None if alone else planner(backend),
         launch=single(backend) if alone else launch,
         numerics=fa3_numerics if backend == "fa3" else fa2_numerics,
-        unsupported=unsupported,
+        unsupported=fa3_unsupported if backend == "fa3" else unsupported,
         inexact=inexact if backend == "fa2" else {},
         specialisation=specialisation,
         contract=(

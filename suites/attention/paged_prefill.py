@@ -3,6 +3,12 @@
 Semantics: query i of a request of ``qo_len`` queries and ``kv_len`` keys sees key j iff, when ``causal``,
 j <= i + kv_len - qo_len (aligned at the bottom right), with a window j >= i + kv_len - qo_len - window_left, and with a
 mask its bit is set. A row that sees no key has out = 0 and lse = -Inf.
+
+With ALiBi (Press, Smith and Lewis, 2108.12409) slope_h · (j - i) is added to the scaled score of query i and key j,
+before the soft-cap. Both are counted from the first of their request: against a bias that counts from a query's own
+place i + kv_len - qo_len every score of a row, and so its lse, is larger by slope_h · (kv_len - qo_len), which the
+output does not show, unless there is a soft-cap. It is FlashInfer's convention (variants.cuh:68-71 of 0.6.18.post1; the
+query of a decode has i = 0, decode.cuh:91).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def numerics(case: Case[PagedPrefill], device: Device) -> Numerics:
 def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:
     """What scaled_dot_product_attention leaves undefined, or has no argument for."""
     axes = case.axes
-    if reason := lacking(axes, *OPTIONS.keys() - {"softcap"}):
+    if reason := lacking(axes, *OPTIONS.keys() - {"softcap", "alibi"}):
         return reason
     if axes.v_dim != axes.head_dim and device.kind == "cpu":
         return "on a CPU the flash kernel of scaled_dot_product_attention has one head dimension for K and V"

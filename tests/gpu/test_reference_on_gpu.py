@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from kerneltest.oracle import attention_terms as terms  # noqa: E402
-from kerneltest.oracle.attention_terms import TENSORS, Attended, attention_terms, weight_spread  # noqa: E402
+from kerneltest.oracle.attention_terms import BIASED, TENSORS, Attended, attention_terms, weight_spread  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +49,15 @@ def causal(x, longest):
     return replace(x, seen=x.seen & (torch.arange(keys) <= last[:, None]))
 
 
+def biased(x):
+    """Scores to which a slope of each head times a distance is added, up to 40."""
+    _, heads, rows, _ = x.q.shape
+    keys = x.k.shape[-2]
+    distance = torch.arange(keys) - torch.arange(rows)[:, None]
+    slopes = torch.logspace(-3, 0, heads, dtype=torch.float64) * 40 / keys
+    return replace(x, bias=(slopes[:, None, None] * distance).expand(len(x.q), -1, -1, -1))
+
+
 def padded(x, lengths):
     """Slots past a request's length are zero and not seen, as the suites pad a batch."""
     live = torch.arange(x.k.shape[-2]) < torch.tensor(lengths)[:, None]
@@ -69,6 +78,9 @@ CASES = {
     "one mask for the batch": lambda: causal(draw(40, 300, batch=3, masks=1), 290),
     "softcap": lambda: causal(draw(64, 500, scale=3.0, softcap=30.0), 490),
     "softcap, tiny scores": lambda: draw(64, 500, scale=1e-6, softcap=30.0),
+    "bias": lambda: biased(causal(draw(130, 700), 690)),
+    "bias, padded": lambda: biased(padded(draw(5, 600, batch=3), [0, 600, 512])),
+    "bias and softcap": lambda: biased(causal(draw(64, 500, scale=3.0, softcap=30.0), 490)),
     # Scores of several hundred: all the weight on a key or two, all others below the smallest float64.
     "large scores": lambda: causal(draw(64, 500, scale=30.0), 490),
     "large scores, float32": lambda: draw(64, 500, scale=60.0, dtype=torch.float32),
@@ -79,7 +91,8 @@ CASES = {
 
 
 def on_device(x):
-    return replace(x, q=x.q.cuda(), k=x.k.cuda(), v=x.v.cuda(), seen=x.seen.cuda())
+    bias = None if x.bias is None else x.bias.cuda()
+    return replace(x, q=x.q.cuda(), k=x.k.cuda(), v=x.v.cuda(), seen=x.seen.cuda(), bias=bias)
 
 
 def values(x):
@@ -87,7 +100,7 @@ def values(x):
     found = attention_terms(x)
     # The same filters on both sides, whatever the last bits of the output.
     filters = torch.linspace(-1, 2, found.out.numel(), dtype=torch.float64).reshape(found.out.shape).to(x.q.device)
-    result = {name: getattr(found, name) for name in TENSORS}
+    result = {name: getattr(found, name) for name in (*TENSORS, *(BIASED if x.bias is not None else ()))}
     result |= {f"spread {centred}": weight_spread(x, found.out, filters, centred=centred) for centred in (False, True)}
     weighted = found.square_out.sqrt() + found.out.abs() * found.square_row.sqrt().unsqueeze(-1)
     result["cancels"] = (filters.abs() * weighted).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -78,6 +79,20 @@ def gathered(
         q = inputs["q"][rows[number] : rows[number + 1], : axes.q_heads].float()
         k, v = (x.repeat_interleave(axes.group, 1).transpose(0, 1) for x in (k, v))
         yield request, q.transpose(0, 1), k, v
+
+
+def slopes(heads: int) -> list[float]:
+    """ALiBi's, as its paper says them: a geometric sequence; between two of them where heads are no power of two."""
+    below = 2 ** int(math.log2(heads))
+    sequence = [(2.0 ** (-8 / below)) ** (head + 1) for head in range(below)]
+    return sequence if below == heads else sequence + slopes(2 * below)[::2][: heads - below]
+
+
+def alibi(case: Case[Any], request: Any, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """What it adds to the scores of a request, [q_heads, qo_len, kv_len], found pair by pair; in this dtype."""
+    rows = [[float(j - i) for j in range(request.kv_len)] for i in range(request.qo_len)]
+    distance = torch.tensor(rows, dtype=dtype).view(request.qo_len, request.kv_len)
+    return torch.stack([slope * distance for slope in torch.tensor(slopes(case.axes.q_heads), dtype=dtype)])
 
 
 def shown(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:

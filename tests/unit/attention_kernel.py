@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from attention_cases import gathered, paged, shown
+from attention_cases import alibi, gathered, paged, shown
 
 from kerneltest.model import FORMATS, FP32, IEEE_FP32, Case, Numerics
 from kerneltest.oracle.verdict import Verdict, judge
@@ -18,12 +18,18 @@ from kerneltest.oracle.verdict import Verdict, judge
 Outputs = dict[str, torch.Tensor]
 
 
+def biased_and_capped(s: torch.Tensor, bias: torch.Tensor | None, axes: Any) -> torch.Tensor:
+    if bias is not None:
+        s = s + bias
+    return axes.softcap * torch.tanh(s / axes.softcap) if axes.softcap else s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flaw:
     """``times(request, times)`` changes how often each row counts each key, [qo_len, kv_len], in place.
 
     ``v`` changes the values [q_heads, kv_len, d], ``out`` the output before it is rounded; ``scale`` replaces that of
-    the case; ``no_max``: the maximum is not subtracted.
+    the case; ``no_max``: the maximum is not subtracted. ``scores`` makes those of scaled products and what ALiBi adds.
     """
 
     times: Callable[[int, torch.Tensor], object] = lambda request, times: None
@@ -31,6 +37,7 @@ class Flaw:
     out: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
     scale: float | None = None
     no_max: bool = False
+    scores: Callable[[torch.Tensor, torch.Tensor | None, Any], torch.Tensor] = biased_and_capped
 
 
 RIGHT = Flaw()
@@ -44,7 +51,8 @@ def kernel(
     for number, ((_, q, k, v), seen) in enumerate(zip(gathered(case, inputs), shown(case, inputs), strict=True)):
         times = seen.float()
         flaw.times(number, times)
-        out, lse = _attend(axes, q, k, flaw.v(v), times, flaw, tile, l_from)
+        bias = alibi(case, axes.requests[number], torch.float32) if axes.alibi else None
+        out, lse = _attend(axes, q, k, flaw.v(v), times, bias, flaw, tile, l_from)
         outs.append(out.transpose(0, 1))
         lses.append(lse.transpose(0, 1))
     return {"out": flaw.out(torch.cat(outs)).to(getattr(torch, axes.dtype)), "lse": torch.cat(lses)}
@@ -56,6 +64,7 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     times: torch.Tensor,
+    bias: torch.Tensor | None,
     flaw: Flaw,
     tile: int,
     l_from: str,
@@ -66,9 +75,7 @@ def _attend(
     denominator, acc = torch.zeros(heads, count), torch.zeros(heads, count, dim)
     for start in range(0, k.shape[1], tile):
         j = slice(start, start + tile)
-        s = q @ k[:, j].mT * scale
-        if axes.softcap:
-            s = axes.softcap * torch.tanh(s / axes.softcap)
+        s = flaw.scores(q @ k[:, j].mT * scale, None if bias is None else bias[..., j], axes)
         s = s.masked_fill(times[:, j] == 0, -torch.inf)
         new = torch.maximum(m, s.amax(-1))
         safe = torch.where(new.isinf() | flaw.no_max, 0.0, new)
@@ -110,4 +117,6 @@ def with_inputs(case: Case[Any], inputs: str) -> Case[Any]:
     axes = replace(case.axes, sm_scale=None)
     if inputs == "dyadic":
         axes = replace(axes, sm_scale=paged.LN_2, k_scale=1.0, softcap=0.0)
+    if paged.paged_prefill.strategy(inputs).tier == "exact":
+        axes = replace(axes, alibi=False)
     return replace(case, inputs=inputs, axes=axes, relation="")

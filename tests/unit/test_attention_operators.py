@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_cases import draws
+from attention_cases import draws, slopes
 from hypothesis import given
 
 from kerneltest import discovery
@@ -31,7 +31,7 @@ TINY = Size(batch=2, qo_len=4, kv_len=9, heads=4)
 Loop = tuple[np.ndarray, np.ndarray]
 
 
-def attend(q: Any, k: Any, v: Any, seen: Any, scale: float, softcap: float = 0.0) -> Loop:
+def attend(q: Any, k: Any, v: Any, seen: Any, scale: float, softcap: float = 0.0, alibi: bool = False) -> Loop:
     """One query head at a time, one key at a time, in float64."""
     rows, heads, _ = q.shape
     group = heads // k.shape[1]
@@ -44,6 +44,7 @@ def attend(q: Any, k: Any, v: Any, seen: Any, scale: float, softcap: float = 0.0
                 s = scale * math.fsum(
                     float(a) * float(b) for a, b in zip(q[row, head], k[j, head // group], strict=True)
                 )
+                s += slopes(heads)[head] * (j - row) if alibi else 0.0
                 scores.append(softcap * math.tanh(s / softcap) if softcap else s)
             if keys:
                 peak = max(scores)
@@ -77,7 +78,7 @@ def dense_loop(case: Case[Any], x: Mapping[str, torch.Tensor]) -> Loop:
         rows, keys = slice(row, row + request.qo_len), slice(key, key + request.kv_len)
         row, key = rows.stop, keys.stop
         seen = sees(axes, request.qo_len, request.kv_len)
-        out, lse = attend(numpy(q[rows]), numpy(k[keys]), numpy(v[keys]), seen, axes.scale, axes.softcap)
+        out, lse = attend(numpy(q[rows]), numpy(k[keys]), numpy(v[keys]), seen, axes.scale, axes.softcap, axes.alibi)
         outs.append(out)
         lses.append(lse)
     return np.concatenate(outs), np.concatenate(lses)
@@ -97,7 +98,7 @@ def decode_loop(case: Case[Any], x: Mapping[str, torch.Tensor]) -> Loop:
         shape = (0, axes.kv_heads, axes.head_dim)
         k, v = (torch.stack(t) if t else torch.zeros(shape) for t in (keys, values))
         seen = sees(axes, 1, request.kv_len)
-        out, lse = attend(numpy(q), numpy(k), numpy(v), seen, axes.scale, axes.softcap)
+        out, lse = attend(numpy(q), numpy(k), numpy(v), seen, axes.scale, axes.softcap, axes.alibi)
         outs.append(out)
         lses.append(lse)
     return np.concatenate(outs), np.concatenate(lses)
@@ -197,7 +198,7 @@ def test_relations_hold_for_the_reference(name: str) -> None:
         budgets = operator.budget(case, terms, numerics, strategy)
         return {n: Bounded(value=b.ref, error=torch.full_like(b.ref, 1e-9)) for n, b in budgets.items()}
 
-    @draws(15)
+    @draws(25)
     @given(operator.cases(TINY))
     def prop(case: Case[Any]) -> None:
         given_ = operator.materialize(case)

@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 
 from kerneltest.oracle import attention_terms as terms
 from kerneltest.oracle.attention_terms import (
+    BIASED,
     TENSORS,
     Attended,
     attention_terms,
@@ -138,9 +140,12 @@ def problems() -> dict[str, Attended]:
     q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((4, 5), (2, 37), (2, 37)))
     seen = causal(rows(37, batch=2, queries=5), longest=35)["seen"]
     plain = Attended(q=q, k=k, v=v, seen=seen, scale=0.4)
+    bias = 5 * torch.randn(2, 4, 5, 37, generator=generator, dtype=torch.float64)
     return {
         "plain": plain,
         "softcap": Attended(q=q, k=k, v=v, seen=seen[:1], scale=4.0, softcap=3.0),
+        "bias": replace(plain, bias=bias),
+        "bias and softcap": replace(plain, bias=bias, softcap=3.0),
         "v narrower than k": Attended(q=q, k=k, v=v[..., :5], seen=seen, scale=-0.4),
     }
 
@@ -149,7 +154,8 @@ def all_of(x: Attended) -> Values:
     found = attention_terms(x)
     filters = found.out.square() - 0.5
     spreads = {f"spread {c}": weight_spread(x, found.out, filters, centred=c) for c in (False, True)}
-    return {name: getattr(found, name) for name in TENSORS} | spreads
+    names = TENSORS if x.bias is None else (*TENSORS, *BIASED)
+    return {name: getattr(found, name) for name in names} | spreads
 
 
 def interpreted(file: Path, *bugs: Path) -> dict[str, dict[str, Values]]:

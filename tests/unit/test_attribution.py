@@ -362,6 +362,12 @@ def test_nothing_is_said_where_a_row_does_not_count_keys_that_follow_each_other(
     assert said(one, only(1, lambda t: t[:, 5].zero_())) is None
 
 
+def test_nothing_is_said_of_rows_whose_weights_a_bias_makes() -> None:
+    outputs = kernel(BATCH, paged.materialize(BATCH).inputs, only(1, lambda t: t[:, 5].zero_()))
+    assert paged.explain(BATCH, {}, outputs) is not None
+    assert paged.explain(replace(BATCH, axes=replace(BATCH.axes, alibi=True)), {}, outputs) is None
+
+
 def test_values_of_another_dimension_name_tokens_too() -> None:
     one = replace(BATCH, axes=replace(BATCH.axes, head_dim=192, head_dim_vo=128, layout="HND", softcap=30.0))
     lost = only(1, lambda t: t[:, 228].zero_())

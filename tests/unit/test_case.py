@@ -88,6 +88,7 @@ def test_the_id_depends_on_every_field_and_on_nothing_else() -> None:
         "head_dim_vo": 32,
         "fixed_split_size": 2,
         "disable_split_kv": True,
+        "alibi": True,
     }
     assert set(axes) == {field.name for field in dataclasses.fields(PagedPrefill)}
     # What one without the other would make no case of.

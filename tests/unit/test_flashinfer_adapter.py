@@ -84,6 +84,7 @@ class Wrapper:
         kv_data_type: torch.dtype | None = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
+        pos_encoding_mode: str = "NONE",
     ) -> None:
         self.planned = {name: value for name, value in locals().items() if name != "self"}
 
@@ -115,7 +116,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("flashinfer")
     module.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", module)
-    adapter._parameters.cache_clear()
+    adapter.parameters.cache_clear()
     return module
 
 
@@ -143,6 +144,7 @@ PLAIN = {"head_dim": 128, "kv_heads": 2, "group": 2}
 SAID = {
     "window_left": ({"window_left": 3}, {"window_left": 3}),
     "softcap": ({"softcap": 30.0}, {"logits_soft_cap": 30.0}),
+    "alibi": ({"alibi": True}, {"pos_encoding_mode": "ALIBI"}),
     "head_dim_vo": ({"head_dim": 192, "head_dim_vo": 128}, {"head_dim_qk": 192, "head_dim_vo": 128}),
     "fixed_split_size": ({"fixed_split_size": 8}, {"fixed_split_size": 8}),
     "disable_split_kv": ({"disable_split_kv": True}, {"disable_split_kv": True}),
@@ -155,6 +157,7 @@ SAID = {
         {
             "window_left": -1,
             "logits_soft_cap": None,
+            "pos_encoding_mode": "NONE",
             "head_dim_vo": None,
             "custom_mask": None,
             "packed_custom_mask": None,
@@ -225,6 +228,7 @@ def test_a_wrapper_is_planned_anew_for_its_own_layout_alone(library: ModuleType)
 @pytest.mark.parametrize(
     ("axes", "reason"),
     [
+        ({"alibi": True}, "fa3 has no encoding of positions (utils.py, is_fa3_backend_supported)"),
         ({"mask": "random"}, "fa3 has no custom mask (utils.py, is_fa3_backend_supported)"),
         ({"kv_dtype": "float8_e4m3fn"}, "fa3 has K and V of 8 bits for queries of 8 bits alone (utils.py,"),
         ({"head_dim": 192, "head_dim_vo": 128}, "fa3 wants pages of K and V with the same strides"),
@@ -253,6 +257,8 @@ def test_a_parameter_that_a_release_has_not_is_named(library: ModuleType) -> Non
     library.BatchPrefillWithPagedKVCacheWrapper = Old  # type: ignore[attr-defined]
     of = case((3, 9), fixed_split_size=8, **PLAIN)
     assert adapter.fa2.unsupported(of, H200) == "this release's plan() has no parameter fixed_split_size"
+    of = case((3, 9), alibi=True, **PLAIN)
+    assert adapter.fa2.unsupported(of, H200) == "this release's plan() has no parameter pos_encoding_mode"
     assert adapter.fa2.unsupported(case((3, 9), **PLAIN), H200) is None
 
 
@@ -292,6 +298,8 @@ def test_a_specialisation_is_what_a_module_is_compiled_for() -> None:
         of(window_left=0),
         of(softcap=2.0),
         of(window_left=0, softcap=2.0),
+        of(alibi=True),
+        of(alibi=True, softcap=2.0),
         of(kv_dtype="float8_e4m3fn"),
         of(kv_dtype="float8_e5m2"),
     ]

@@ -141,6 +141,16 @@ def test_dyadic_inputs_with_other_changes_of_the_scores_are_refused(axes: dict[s
         paged.materialize(case((1, 1), inputs="dyadic", sm_scale=math.log(2.0), **axes))
 
 
+@pytest.mark.parametrize("inputs", NAMES)
+def test_inputs_whose_weights_are_exact_are_refused_with_a_bias(inputs: str) -> None:
+    one = case((3, 5), inputs=inputs, alibi=True, sm_scale=math.log(2.0) if inputs == "dyadic" else None)
+    if paged.paged_prefill.strategy(inputs).tier == "exact":
+        with pytest.raises(ValueError, match=f"inputs '{inputs}' need scores to which no ALiBi is added"):
+            paged.materialize(one)
+    else:
+        paged.materialize(one)
+
+
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("inputs", NAMES)
 def test_eight_bits_hold_every_kind_of_input(inputs: str, kv_dtype: str) -> None:

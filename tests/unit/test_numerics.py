@@ -90,6 +90,7 @@ PLAIN = {"qk": IEEE_FP32, "pv": IEEE_FP32, "p": BF16, "out": BF16}
         ({"tile": 0}, "tile must be at least 1, got 0"),
         ({"exp_rel": 1.0}, "must lie in"),
         ({"tanh_rel": -0.5}, "must lie in"),
+        ({"slope_rel": 1.0}, "slope_rel must lie in [0, 1), got 1.0"),
         ({"slack": 0.5}, "slack must be at least 1 and finite, got 0.5"),
         ({"slack": float("inf")}, "slack must be at least 1 and finite"),
     ],

@@ -36,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal window": {"window_left": 16, "causal": True},
     "only itself": {"window_left": 0, "causal": True},
     "soft-cap": {"softcap": 2.0, "causal": True},
+    "ALiBi": {"alibi": True, "causal": True},
+    "ALiBi, soft-cap and window": {"alibi": True, "softcap": 2.0, "window_left": 7},
     "mask": {"mask": "random"},
     "tree in bits": {"mask": "tree", "packed_mask": True},
     "mask and window": {"mask": "random", "window_left": 7},
@@ -53,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "strided_q": True,
         "window_left": 9,
         "softcap": 2.0,
+        "alibi": True,
         "mask": "random",
         "packed_mask": True,
         "kv_dtype": "float8_e4m3fn",
@@ -64,11 +67,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 REFUSED = {
     "sdpa": {
+        "ALiBi": "the kernel does not know ALiBi",
+        "ALiBi, soft-cap and window": "the kernel does not know a soft-cap of the scores",
         "soft-cap": "the kernel does not know a soft-cap of the scores",
         "another head dimension": "on a CPU the flash kernel of scaled_dot_product_attention has one head dimension",
         "everything": "the kernel does not know a soft-cap of the scores",
     },
     "triton": {
+        "ALiBi": "the kernel does not know ALiBi",
+        "ALiBi, soft-cap and window": "the kernel does not know a soft-cap of the scores",
         "soft-cap": "the kernel does not know a soft-cap of the scores",
         "e4m3": "the kernel does not know K and V of another dtype",
         "e5m2": "the kernel does not know K and V of another dtype",

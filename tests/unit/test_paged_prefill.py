@@ -276,6 +276,7 @@ REACHED: Mapping[str, Callable[[Any], bool]] = {
     "no option": lambda a: axes_of.lacking(a) is None,
     "both scales": lambda a: a.k_scale != 1.0 and a.v_scale != 1.0,
     "window and soft-cap": lambda a: a.window_left >= 0 and a.softcap > 0,
+    "ALiBi and soft-cap": lambda a: a.alibi and a.softcap > 0,
     "a mask in bits, of several requests": lambda a: a.packed_mask and len(a.requests) > 1,
     **{f"mask {m}": lambda a, m=m: a.mask == m for m in ("none", "random", "tree")},
     **{f"K and V {d}": lambda a, d=d: a.kv_format == d for d in ("float8_e4m3fn", "float8_e5m2")},
@@ -332,12 +333,12 @@ def test_half_of_the_cases_have_no_option_that_changes_the_answer(drawn: list[Ca
 def test_few_modules_are_needed_and_the_common_one_most_often(drawn: list[Case[Any]]) -> None:
     # What makes a library that compiles for its options compile anew.
     modules = Counter(
-        (a.dtype, a.head_dim, a.v_dim, a.kv_format, a.window_left >= 0, a.softcap > 0)
+        (a.dtype, a.head_dim, a.v_dim, a.kv_format, a.window_left >= 0, a.softcap > 0, a.alibi)
         for a in (one.axes for one in drawn)
         if a.dtype != "float32"
     )
-    assert len(modules) <= 10
-    common = ("bfloat16", 128, 128, "bfloat16", False, False)
+    assert len(modules) <= 12
+    common = ("bfloat16", 128, 128, "bfloat16", False, False, False)
     assert modules.most_common(1)[0][0] == common
     assert modules[common] > sum(modules.values()) / 3
 

@@ -13,11 +13,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from attention_cases import axes_of, case, draws, paged, reference, shown, tensors
+from attention_cases import alibi, axes_of, case, draws, paged, reference, shown, tensors
 from hypothesis import given
 
 from kerneltest.model import Case, Size
-from kerneltest.oracle.attention_terms import TENSORS, Attended, AttentionTerms, attention_terms
+from kerneltest.oracle.attention_terms import BIASED, TENSORS, Attended, AttentionTerms, attention_terms
 
 small = paged.cases(Size(batch=3, qo_len=5, kv_len=20, heads=4))
 ROWS = ("lse", "dot_row", "dot_max", "norm_max", "score_max", "keys", "square_row", "fourth_row")
@@ -43,12 +43,15 @@ def brute_force(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> dict[str
     page_size, kv_heads = k_pages.shape[1:3]
     result = {name: np.zeros((rows, heads)) for name in ROWS}
     result |= {name: np.zeros((rows, heads, dim)) for name in CHANNELS}
+    if axes.alibi:
+        result |= {"bias_row": np.zeros((rows, heads)), "bias_out": np.zeros((rows, heads, dim))}
     result["lse"] -= np.inf
     visible = list(shown(case, inputs))
     for r in range(len(last)):
         mine = pages[kv[r] : kv[r + 1]]
         length = (len(mine) - 1) * page_size + last[r] if len(mine) else 0
         slots = [(mine[j // page_size], j % page_size) for j in range(length)]
+        added = alibi(case, axes.requests[r]).numpy() if axes.alibi else None
         for i, row in enumerate(range(qo[r], qo[r + 1])):
             seen = [slot for slot, here in zip(slots, visible[r][i].tolist(), strict=True) if here]
             for head in range(heads) if seen else ():
@@ -57,6 +60,9 @@ def brute_force(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> dict[str
                 v = np.array([v_pages[page, slot, kv_head] for page, slot in seen])
                 v_abs = np.abs(v)
                 s = np.array([math.fsum(q[row, head] * key) for key in k]) * scale
+                if added is not None:
+                    bias = added[head, i, visible[r][i].numpy()]
+                    s = s + bias
                 s = np.array([cap * math.tanh(x / cap) for x in s]) if cap else s
                 A = np.array([math.fsum(np.abs(q[row, head] * key)) for key in k]) * scale
                 m = s.max()
@@ -72,13 +78,16 @@ def brute_force(case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> dict[str
                 result["square_out"][at] = p**2 @ v**2
                 result["square_row"][at] = (p**2).sum()
                 result["fourth_row"][at] = (p**4).sum()
+                if added is not None:
+                    result["bias_row"][at] = p @ np.abs(bias)
+                    result["bias_out"][at] = (p * np.abs(bias)) @ v_abs
                 # These two are over all keys of the request, seen or not.
                 every_k, every_v = (
                     np.array([x[page, slot, kv_head] for page, slot in slots]) for x in (k_pages, v_pages)
                 )
                 result["dot_max"][at] = (np.abs(every_k) @ np.abs(q[row, head])).max() * scale
                 largest = np.abs(every_k @ q[row, head]).max() * scale
-                result["score_max"][at] = cap * math.tanh(largest / cap) if cap else largest
+                result["score_max"][at] = cap * math.tanh(largest / cap) if cap and added is None else largest
                 result["norm_max"][at] = ((every_k**4).sum(1).max() * (q[row, head] ** 4).sum()) ** 0.25 * scale
                 result["peak_out"][at] = np.abs(every_v).sum(0) / total
     return result
@@ -93,7 +102,7 @@ def assert_equal_to(terms: AttentionTerms, expected: Mapping[str, np.ndarray], t
         size = {
             "out": expected["abs_out"],
             "score_max": expected["dot_max"],
-            "lse": np.maximum(1, expected["dot_row"]),
+            "lse": np.maximum(1, expected["dot_row"] + expected.get("bias_row", 0)),
         }.get(name, value)
         finite = np.isfinite(value)
         assert np.array_equal(ours[~finite], value[~finite]), name
@@ -117,17 +126,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eight bits": {"kv_dtype": "float8_e5m2", "k_scale": 0.375, "v_scale": 1.6875},
     "memory": {"layout": "HND", "strided_q": True},
     "another head dimension": {"head_dim_vo": 48},
+    "ALiBi": {"alibi": True},
+    "ALiBi of six heads, causal": {"alibi": True, "group": 3, "causal": True},
+    "ALiBi and soft-cap": {"alibi": True, "softcap": 2.0},
+    "ALiBi, tree and window": {"alibi": True, "mask": "tree", "window_left": 3},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_agrees_with_numpy(options: str) -> None:
-    one = case((3, 9), (6, 4), (2, 0), (5, 5), kv_heads=2, group=2, shuffled=True, **OPTIONS[options])
+    one = case((3, 9), (6, 4), (2, 0), (5, 5), shuffled=True, **{"kv_heads": 2, "group": 2} | OPTIONS[options])
     inputs = paged.materialize(one).inputs
     assert_equal_to(terms_of(one, inputs), brute_force(one, inputs), 1e-12)
     # And it changes something.
     without = replace(one, axes=axes_of.without_options(one.axes))
-    if OPTIONS[options].keys() & {"window_left", "softcap", "mask"}:
+    if OPTIONS[options].keys() & {"window_left", "softcap", "mask", "alibi"}:
         lse = terms_of(without, {name: x for name, x in inputs.items() if name != "custom_mask"}).lse
         assert not torch.allclose(terms_of(one, inputs).lse, lse)
 
@@ -180,6 +193,9 @@ def test_small_chunks_give_the_same_terms(monkeypatch: pytest.MonkeyPatch, causa
 
     monkeypatch.setattr(reference, "attention_terms", counted)
     masked = replace(whole, axes=replace(whole.axes, causal=False, mask="random", window_left=20))
+    biased = replace(whole, axes=replace(whole.axes, alibi=True))
+    expected_of_biased = terms_of(biased, inputs)
+    everything = (*TENSORS, *BIASED)
     bits = paged.materialize(masked).inputs
     unchunked = terms_of(masked, bits)
     bytes_of_a_row = reference.LIVE_ARRAYS * 8 * 4 * 41
@@ -190,6 +206,8 @@ def test_small_chunks_give_the_same_terms(monkeypatch: pytest.MonkeyPatch, causa
         assert_equal_to(terms, {name: getattr(expected, name).numpy() for name in TENSORS}, 1e-14)
         assert sorted(counts) == sorted(chunks)
         assert_equal_to(terms_of(masked, bits), {name: getattr(unchunked, name).numpy() for name in TENSORS}, 1e-14)
+        ours = {name: getattr(expected_of_biased, name).numpy() for name in everything}
+        assert_equal_to(terms_of(biased, inputs), ours, 1e-14)
         for centred in (False, True):
             assert torch.allclose(terms.spread(filters, centred), expected.spread(filters, centred), rtol=1e-12)
 

@@ -168,6 +168,9 @@ def test_which_relations_apply() -> None:
     assert with_options(causal=True) == several - ordered
     assert with_options(window_left=2) == several - ordered - {"split", "decode"}
     assert with_options(window_left=2, causal=True) == several - ordered - {"split"}
+    counted = {"head_permutation", "split", "decode", *ordered}
+    assert with_options(alibi=True) == with_options(alibi=True, softcap=2.0) == several - counted
+    assert with_options(alibi=True, causal=True) == several - counted
     assert with_options(mask="random") == several - {"split", "as_mask"}
     assert with_options(mask="tree", window_left=2) == several - ordered - {"split", "decode", "as_mask"}
 
@@ -176,6 +179,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window_left": 2},
     "causal window": {"window_left": 2, "causal": True},
     "soft-cap": {"softcap": 2.0},
+    "ALiBi": {"alibi": True},
+    "ALiBi and soft-cap": {"alibi": True, "softcap": 2.0, "causal": True},
     "mask": {"mask": "random", "packed_mask": True},
     "tree and window": {"mask": "tree", "window_left": 2},
     "eight bits": {"kv_dtype": "float8_e4m3fn", "k_scale": 0.375, "v_scale": 1.6875},

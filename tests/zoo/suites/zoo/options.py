@@ -71,6 +71,19 @@ def softcap_dropped(call: Call) -> Call:
     return with_axes(call, softcap=0.0)
 
 
+def alibi_dropped(call: Call) -> Call:
+    return with_axes(call, alibi=False)
+
+
+def alibi_scaled(call: Call) -> Outputs:
+    """The bias is added to the scores before they are scaled."""
+    axes = call.case.axes
+    for part in a.parts(call):
+        scaled = None if part.bias is None else part.bias * axes.scale
+        a.write(call, part, a.attend(replace(part, bias=scaled), axes.scale))
+    return call.outputs
+
+
 def mask_bit_order(call: Call) -> Call:
     """The highest bit of a byte comes first."""
     import torch
@@ -181,6 +194,8 @@ PIECES = {
 window = planted("window_edge[planted]", misread(window_edge))
 window_place = planted("window_top_left[planted]", window_top_left)
 softcap = planted("softcap_dropped[planted]", misread(softcap_dropped))
+alibi = planted("alibi_dropped[planted]", misread(alibi_dropped))
+alibi_scale = planted("alibi_scaled[planted]", alibi_scaled)
 bit_order = planted("mask_bit_order[planted]", misread(mask_bit_order))
 neighbour = planted("mask_of_the_first[planted]", misread(mask_of_the_first))
 last_byte = planted("mask_last_byte[planted]", misread(mask_last_byte))
