@@ -38,7 +38,7 @@ class PagedPrefill:
     ``shuffled``: physical pages in random order, so that a request's pages are neither contiguous nor ascending.
     ``sm_scale`` multiplies the scores; None means 1 / √head_dim.
 
-    Options, each off by default. Query i of a request has its own place at key i + kv_len - qo_len.
+    Options, each at its default unless it is drawn. Query i of a request has its own place at key i + kv_len - qo_len.
 
     * ``window_left``: keys more than so many before its own place are hidden (-1: none are);
     * ``alibi``: slope_h · (j - i) is added to the scaled score of query i and key j, both counted from the first of
@@ -50,6 +50,7 @@ class PagedPrefill:
     * ``layout``: a page is [page_size, kv_heads, d] ("NHD") or [kv_heads, page_size, d] ("HND");
     * ``strided_q``: q is the front part of the heads of a wider tensor, as of the product of a fused projection;
     * ``head_dim_vo``: of V and of the output, None: ``head_dim``, which is that of q and K;
+    * ``return_lse``: the log-sum-exp is asked for (without it there is no output ``lse``);
     * ``fixed_split_size``: keys are split into so many pages (0: as the kernel likes), ``disable_split_kv``: not at
       all. Neither changes what is computed.
 
@@ -79,6 +80,7 @@ class PagedPrefill:
     fixed_split_size: int = 0
     disable_split_kv: bool = False
     alibi: bool = False
+    return_lse: bool = True
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("head_dim", "kv_heads", "group", "page_size"), 1)
@@ -155,6 +157,7 @@ OPTIONS: dict[str, tuple[str, Callable[[PagedPrefill], bool]]] = {
     "head_dim_vo": ("a head dimension of its own for V", lambda axes: axes.v_dim != axes.head_dim),
     "fixed_split_size": ("pieces of keys of a fixed size", lambda axes: axes.fixed_split_size > 0),
     "disable_split_kv": ("keys that are not split", lambda axes: axes.disable_split_kv),
+    "return_lse": ("a call without a log-sum-exp", lambda axes: not axes.return_lse),
 }
 
 
@@ -171,6 +174,11 @@ def without_options(axes: PagedPrefill) -> PagedPrefill:
     named = (field for field in fields(axes) if field.default is not MISSING and field.name != "sm_scale")
     defaults: dict[str, Any] = {field.name: field.default for field in named}
     return replace(axes, **defaults)
+
+
+def needs_lse(case: Case[PagedPrefill], device: Device) -> str | None:
+    """The ``unsupported`` of a kernel that always has a log-sum-exp."""
+    return lacking(case.axes, *(OPTIONS.keys() - {"return_lse"}))
 
 
 def plain(case: Case[PagedPrefill], device: Device) -> str | None:

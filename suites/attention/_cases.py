@@ -58,7 +58,7 @@ PIECES = (128, 512)
 # The options that are a module of their own for some libraries.
 COMPILED = ("window_left", "softcap", "kv_dtype", "alibi")
 # How often each option is set where only one may be. Half of the cases have none.
-OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 3, "quantised": 2, "unsplit": 1, "pieces": 2, "alibi": 2}
+OPTIONS_DRAWN = {"": 12, "window": 3, "softcap": 2, "mask": 4, "quantised": 2, "unsplit": 1, "pieces": 2, "alibi": 2}
 # A second one, which is rarer. Gemma 2 has a window and a soft-cap.
 SECOND_DRAWN = {"": 12, "window": 1, "softcap": 1, "mask": 1, "quantised": 1, "alibi": 1}
 # How often a request has which keys. A prefill of the whole prompt has as many keys as queries: the commonest request,
@@ -141,6 +141,7 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
             # What costs nobody a module, and what is as likely with any other option.
             layout=draw(weighted({"NHD": 3, "HND": 1})),
             strided_q=draw(weighted({False: 4, True: 1})),
+            return_lse=draw(weighted({True: 5, False: 1})),
         )
         inputs = draw(weighted(WEIGHTS))
         options: dict[str, Any] = draw(_options(page_size))
@@ -192,6 +193,7 @@ SIMPLEST: dict[str, Any] = {
     "disable_split_kv": False,
     "layout": "NHD",
     "strided_q": False,
+    "return_lse": True,
     "kv_heads": KV_HEADS[0],
     "group": GROUPS[0],
     "page_size": PAGE_SIZES[0],

@@ -19,7 +19,6 @@ from kerneltest.model import (
     Materials,
     Numerics,
     Operator,
-    OutputSpec,
     Related,
     Relation,
     Size,
@@ -70,6 +69,7 @@ class DenseAttention:
     softcap: float = 0.0
     layout: str = "NHD"
     alibi: bool = False
+    return_lse: bool = True
 
     def __post_init__(self) -> None:
         _ = self.paged  # which refuses what cannot be
@@ -226,6 +226,8 @@ def pages(case: Case[DenseAttention], inputs: Tensors) -> dict[str, torch.Tensor
 
 def unpaged(case: Case[DenseAttention], layout: Layout, inputs: Tensors) -> Materials:
     """The tensors of ``paged_prefill`` with pages of one token as those of a dense operator: keys in order."""
+    from ._tensors import specs
+
     axes, order = case.axes, inputs["kv_indices"].long()
     k, v = (inputs[name][order] for name in ("k_pages", "v_pages"))
     k, v = (x.squeeze(2).transpose(0, 1) if axes.layout == "HND" else x.squeeze(1) for x in (k, v))
@@ -236,10 +238,7 @@ def unpaged(case: Case[DenseAttention], layout: Layout, inputs: Tensors) -> Mate
     return Materials(
         inputs=tensors,
         dead=(),
-        outputs={
-            "out": OutputSpec(shape=(*q.shape[:-1], axes.v_dim), dtype=axes.dtype),
-            "lse": OutputSpec(shape=tuple(q.shape[:-1]), dtype="float32"),
-        },
+        outputs=specs(axes.paged, tuple(q.shape[:-1])),
     )
 
 

@@ -89,7 +89,7 @@ def _has_no_mask(axes: PagedPrefill) -> bool:
 
 
 def _can_be_split(axes: PagedPrefill) -> bool:
-    return any(request.qo_len and common_pages(axes, request) for request in axes.requests)
+    return axes.return_lse and any(request.qo_len and common_pages(axes, request) for request in axes.requests)
 
 
 def common_pages(axes: PagedPrefill, request: Request) -> int:

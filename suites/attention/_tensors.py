@@ -31,12 +31,14 @@ def indptr(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def outputs(axes: PagedPrefill) -> dict[str, OutputSpec]:
-    """``out`` [total_qo, q_heads, d_v] and ``lse`` [total_qo, q_heads]."""
-    rows = (axes.total_qo, axes.q_heads)
-    return {
-        "out": OutputSpec(shape=(*rows, axes.v_dim), dtype=axes.dtype),
-        "lse": OutputSpec(shape=rows, dtype="float32"),
-    }
+    """``out`` [total_qo, q_heads, d_v] and, where it is asked for, ``lse`` [total_qo, q_heads]."""
+    return specs(axes, (axes.total_qo, axes.q_heads))
+
+
+def specs(axes: PagedPrefill, rows: tuple[int, ...]) -> dict[str, OutputSpec]:
+    """``out`` [*rows, d_v] and, where it is asked for, ``lse`` [*rows]."""
+    out = OutputSpec(shape=(*rows, axes.v_dim), dtype=axes.dtype)
+    return {"out": out} | ({"lse": OutputSpec(shape=rows, dtype="float32")} if axes.return_lse else {})
 
 
 def dead_bytes(

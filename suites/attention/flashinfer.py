@@ -156,14 +156,18 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     from ._tensors import queries
 
     axes, x, outputs = call.case.axes, call.inputs, call.outputs
-    options: dict[str, Any] = {"out": outputs["out"], "lse": outputs["lse"], "return_lse": True}
+    options: dict[str, Any] = {**outputs, "return_lse": axes.return_lse}
     options |= {name: getattr(axes, name) for name in ("k_scale", "v_scale") if getattr(axes, name) != 1.0}
     if call.pdl:
         if "enable_pdl" not in parameters(WRAPPER, "run"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
-    out, lse = call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options)
-    return {"out": out, "lse": lse}
+    return named(axes.return_lse, call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options))
+
+
+def named(with_lse: bool, answer: Any) -> dict[str, torch.Tensor]:
+    """What a call returns, by name: the output, or a pair with the log-sum-exp."""
+    return dict(zip(("out", "lse"), answer, strict=True)) if with_lse else {"out": answer}
 
 
 def unsupported(case: Case[PagedPrefill], device: Device) -> str | None:

@@ -96,15 +96,14 @@ def launch(call: Call) -> Mapping[str, torch.Tensor]:
     from ._tensors import queries
 
     axes, x, outputs = call.case.axes, call.inputs, call.outputs
-    options: dict[str, Any] = {"out": outputs["out"], "lse": outputs["lse"], "return_lse": True}
+    options: dict[str, Any] = {**outputs, "return_lse": axes.return_lse}
     if (axes.k_scale, axes.v_scale) != (1.0, 1.0):
         options |= {"k_scale": axes.k_scale, "v_scale": axes.v_scale}
     if call.pdl:
         if "enable_pdl" not in paged.parameters(WRAPPER, "run"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
-    out, lse = call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options)
-    return {"out": out, "lse": lse}
+    return paged.named(axes.return_lse, call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options))
 
 
 def single(*, tensor_cores: bool) -> Callable[[Call], Mapping[str, torch.Tensor]]:
@@ -114,7 +113,7 @@ def single(*, tensor_cores: bool) -> Callable[[Call], Mapping[str, torch.Tensor]
         import flashinfer
 
         axes, x = call.case.axes, call.inputs
-        out, lse = flashinfer.single_decode_with_kv_cache(
+        answer = flashinfer.single_decode_with_kv_cache(
             x["q"],
             x["k"],
             x["v"],
@@ -123,10 +122,10 @@ def single(*, tensor_cores: bool) -> Callable[[Call], Mapping[str, torch.Tensor]
             window_left=axes.window_left,
             logits_soft_cap=axes.softcap,
             sm_scale=axes.scale,
-            return_lse=True,
+            return_lse=axes.return_lse,
             **encoding(axes),
         )
-        return {"out": out, "lse": lse}
+        return paged.named(axes.return_lse, answer)
 
     return launch
 

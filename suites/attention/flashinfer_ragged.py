@@ -84,14 +84,13 @@ def _wrapper(call: Call, workspace: torch.Tensor, backend: str) -> Any:
 
 def launch(call: Call) -> Mapping[str, torch.Tensor]:
     """Run the planned wrapper into the caller's own buffers."""
-    x, outputs = call.inputs, call.outputs
-    options = {"out": outputs["out"], "lse": outputs["lse"], "return_lse": True}
+    x, with_lse = call.inputs, call.case.axes.return_lse
+    options: dict[str, Any] = {**call.outputs, "return_lse": with_lse}
     if call.pdl:
         if "enable_pdl" not in paged.parameters(WRAPPER, "run"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
-    out, lse = call.plan.run(x["q"], x["k"], x["v"], **options)
-    return {"out": out, "lse": lse}
+    return paged.named(with_lse, call.plan.run(x["q"], x["k"], x["v"], **options))
 
 
 def single(backend: str) -> Callable[[Call], Mapping[str, torch.Tensor]]:
@@ -101,7 +100,7 @@ def single(backend: str) -> Callable[[Call], Mapping[str, torch.Tensor]]:
         import flashinfer
 
         axes, x = call.case.axes, call.inputs
-        out, lse = flashinfer.single_prefill_with_kv_cache(
+        answer = flashinfer.single_prefill_with_kv_cache(
             x["q"],
             x["k"],
             x["v"],
@@ -111,10 +110,10 @@ def single(backend: str) -> Callable[[Call], Mapping[str, torch.Tensor]]:
             window_left=axes.window_left,
             logits_soft_cap=axes.softcap,
             backend=backend,
-            return_lse=True,
+            return_lse=axes.return_lse,
             **encoding(axes),
         )
-        return {"out": out, "lse": lse}
+        return paged.named(axes.return_lse, answer)
 
     return launch
 

@@ -2,7 +2,7 @@
 
 Semantics: query i of a request of ``qo_len`` queries and ``kv_len`` keys sees key j iff, when ``causal``,
 j <= i + kv_len - qo_len (aligned at the bottom right), with a window j >= i + kv_len - qo_len - window_left, and with a
-mask its bit is set. A row that sees no key has out = 0 and lse = -Inf.
+mask its bit is set. A row that sees no key has out = 0 and lse = -Inf; ``lse`` is there if it is asked for.
 
 With ALiBi (Press, Smith and Lewis, 2108.12409) slope_h · (j - i) is added to the scaled score of query i and key j,
 before the soft-cap. Both are counted from the first of their request: against a bias that counts from a query's own
@@ -113,6 +113,8 @@ def budget(
 
     axes = case.axes
     budgets = attention_budget(terms, numerics, head_dim=axes.head_dim, tier=strategy.tier, softcap=axes.softcap)
+    if not axes.return_lse:
+        budgets.pop("lse", None)
     if numerics.unscaled and axes.v_scale != 1.0:
         budgets["out"] = rounded_before_scale(budgets["out"], numerics.unscaled, axes.v_scale, slack=numerics.slack)
     return budgets

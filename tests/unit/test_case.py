@@ -89,6 +89,7 @@ def test_the_id_depends_on_every_field_and_on_nothing_else() -> None:
         "fixed_split_size": 2,
         "disable_split_kv": True,
         "alibi": True,
+        "return_lse": False,
     }
     assert set(axes) == {field.name for field in dataclasses.fields(PagedPrefill)}
     # What one without the other would make no case of.

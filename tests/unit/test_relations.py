@@ -104,7 +104,8 @@ def test_what_is_dead_in_a_variant_is_not_seen_and_everything_else_is(of: Case[A
         fill_dead(inputs, variant.materials.dead, dict.fromkeys(Place, Pattern.NAN))
         for output, found in exact(variant.case, inputs, IN_NATS).items():
             assert torch.equal(found.value, clean[output].value)
-            assert tuple(found.value.shape) == variant.materials.outputs[output].shape
+            if output != "lse" or axes.return_lse:
+                assert tuple(found.value.shape) == variant.materials.outputs[output].shape
         live = tensors.by_slot(axes, inputs["v_pages"].float()).isfinite().all(-1).all(-1)
         seen = torch.zeros_like(live)
         for part in transformations.parts(variant.case, inputs):

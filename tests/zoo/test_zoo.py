@@ -52,6 +52,7 @@ OPTIONS: dict[str, tuple[str, set[str]]] = {
     "window_edge": ("Mismatch", {"window_left"}),
     "window_top_left": ("Mismatch", {"window_left"}),
     "softcap_dropped": ("Mismatch", {"softcap"}),
+    "lse_forgotten": ("Mismatch", {"return_lse"}),
     "alibi_dropped": ("Mismatch", {"alibi"}),
     "alibi_scaled": ("Mismatch", {"alibi"}),
     "mask_bit_order": ("Mismatch", {"mask", "packed_mask"}),

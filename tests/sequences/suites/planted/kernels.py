@@ -14,6 +14,7 @@ from weakref import ref
 
 from kerneltest.model import Call, Case, Kernel, LaunchContract, Size
 
+from ..attention._axes import needs_lse
 from ..attention.paged_prefill import PagedPrefill, Request, paged_prefill
 from . import _attention as a
 
@@ -277,6 +278,7 @@ def pair(
             launch=functools.partial(launch, bug),
             plan=plan and functools.partial(plan, bug),
             numerics=a.numerics,
+            unsupported=needs_lse,
             devices=("cpu",),
             contract=LaunchContract(shares_workspace=True, **contract),
         )

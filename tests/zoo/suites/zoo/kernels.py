@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import Call, Case, Device, Kernel
 
 from ..attention import triton_paged
-from ..attention._axes import plain
+from ..attention._axes import needs_lse, plain
 from ..attention.paged_prefill import paged_prefill
 from . import _attention as a
 
@@ -29,7 +29,7 @@ LAUNCHES = itertools.count()
 
 
 def kernel(name: str, launch: Any, **more: Any) -> Kernel:
-    settings = {"numerics": a.numerics, "devices": ("cpu",), **more}
+    settings = {"numerics": a.numerics, "devices": ("cpu",), "unsupported": needs_lse, **more}
     # An operator of its own: beside each other, they would crash each other's hunts.
     return Kernel(name=f"zoo.{name}", operator=replace(paged_prefill), launch=launch, **settings)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import Call, Kernel
 
 from ..attention import torch_eager
+from ..attention._axes import needs_lse
 from ..attention.paged_prefill import paged_prefill
 from . import _attention as a
 
@@ -97,6 +98,7 @@ def kernel(name: str, function: Any) -> Kernel:
         operator=operator,
         launch=function,
         numerics=a.numerics,
+        unsupported=needs_lse,
         inexact=torch_eager.eager.inexact,  # the same matrix products
         devices=("cuda",),
     )

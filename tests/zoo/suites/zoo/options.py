@@ -71,6 +71,12 @@ def softcap_dropped(call: Call) -> Call:
     return with_axes(call, softcap=0.0)
 
 
+def lse_forgotten(call: Call) -> Call:
+    """Where no log-sum-exp is asked for, the weights are those of another scale."""
+    axes = call.case.axes
+    return call if axes.return_lse else with_axes(call, sm_scale=2 * axes.scale)
+
+
 def alibi_dropped(call: Call) -> Call:
     return with_axes(call, alibi=False)
 
@@ -194,6 +200,7 @@ PIECES = {
 window = planted("window_edge[planted]", misread(window_edge))
 window_place = planted("window_top_left[planted]", window_top_left)
 softcap = planted("softcap_dropped[planted]", misread(softcap_dropped))
+lse = planted("lse_forgotten[planted]", misread(lse_forgotten))
 alibi = planted("alibi_dropped[planted]", misread(alibi_dropped))
 alibi_scale = planted("alibi_scaled[planted]", alibi_scaled)
 bit_order = planted("mask_bit_order[planted]", misread(mask_bit_order))
