@@ -131,7 +131,7 @@ def _of_inputs(kernel: Kernel, inputs: Mapping[str, torch.Tensor], device: Devic
     if kernel.operator.paging is not None:
         pointed[kernel.operator.paging.table] = "indptr"
     for name, value in inputs.items():
-        for one in _of_tensor("input", name, value, device):
+        for one in _of_tensor("input", name, value, device, sums_to_1=name in kernel.operator.distributions):
             kind, now = one.misuse.kind, one.value.shape if one.value is not None else value.shape
             if now[1:] == value.shape[1:] and now[0] < value.shape[0]:
                 kind = pointed.get(name, kind)
@@ -140,8 +140,13 @@ def _of_inputs(kernel: Kernel, inputs: Mapping[str, torch.Tensor], device: Devic
             yield dataclasses.replace(one, misuse=dataclasses.replace(one.misuse, kind=kind))
 
 
-def _of_tensor(role: Literal["input", "output"], name: str, value: torch.Tensor, device: Device) -> Iterator[Tampering]:
-    """What can be wrong with any tensor; one without elements has nothing that could be read wrongly."""
+def _of_tensor(
+    role: Literal["input", "output"], name: str, value: torch.Tensor, device: Device, *, sums_to_1: bool = False
+) -> Iterator[Tampering]:
+    """What can be wrong with any tensor; one without elements has nothing that could be read wrongly.
+
+    ``sums_to_1``: its rows are probability distributions.
+    """
     if value.numel() == 0:
         return
 
@@ -152,7 +157,7 @@ def _of_tensor(role: Literal["input", "output"], name: str, value: torch.Tensor,
 
     had = _dtype(value)
     for dtype in _other_dtypes(value.dtype):
-        converted = _converted(value, dtype)
+        converted = _converted(value, dtype, sums_to_1=sums_to_1)
         same = dtype.is_floating_point == value.dtype.is_floating_point and _equal(converted.to(value.dtype), value)
         is_now = _dtype(converted)
         yield tampered(
@@ -178,11 +183,18 @@ def _other_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return WHOLE.get(dtype, ())
 
 
-def _converted(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same numbers, as far as the dtype can hold them."""
-    if value.dtype.is_floating_point and not dtype.is_floating_point:
-        return value.double().nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100).round().to(dtype)
-    return value.to(dtype)
+def _converted(value: torch.Tensor, dtype: torch.dtype, *, sums_to_1: bool) -> torch.Tensor:
+    """The same numbers, as far as the dtype can hold them, and such that a call with them still has an answer.
+
+    Of a distribution all that integers can hold is its most probable token; a number for each row, such as a p, is
+    rounded up, since 0 would leave nothing.
+    """
+    if not value.dtype.is_floating_point or dtype.is_floating_point:
+        return value.to(dtype)
+    if sums_to_1:
+        return torch.zeros_like(value, dtype=dtype).scatter_(-1, value.argmax(-1, keepdim=True), 1)
+    whole = value.double().nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100)
+    return (whole.ceil() if value.dim() == 1 else whole.round()).to(dtype)
 
 
 def _other_shapes(value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
