@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import sys
 import time
@@ -73,7 +74,7 @@ def main() -> None:
 def line(result: dict[str, Any]) -> str:
     if result.get("unmet"):
         return f"{result['kernel']}: {result['unmet']}"
-    shares = ", ".join(f"{name} {share:.2f}" for name, share in result["used"]["generic"].items())
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in result["used"].get("generic", {}).items())
     energy = ", ".join(f"{name} {value:.3f}" for name, value in result["energy"].items())
     alarms = len(result["false_alarms"])
     return (
@@ -114,6 +115,8 @@ def judge_kernel(job: tuple[str, int, int, str, int, float, list[str]]) -> dict[
     sys.path[:] = path
     import torch
 
+    if device_name == "cpu" or not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     from kerneltest.worker.device import open_device
     from kerneltest.worker.execution import Execution
     from kerneltest.worker.rig import Rig
