@@ -29,6 +29,7 @@ from kerneltest.model.failure import (
     WrongSupport,
 )
 from kerneltest.model.guard import Guard
+from kerneltest.model.materials import DeadBytes, Materials, OutputSpec
 from kerneltest.model.messages import Device, Outcome, Run, Start, Started, Status
 from kerneltest.model.misuse import Misuse, Misused, MisuseTally
 from kerneltest.model.numerics import (
@@ -80,16 +81,13 @@ from kerneltest.model.sequence import (
 )
 from kerneltest.model.spec import (
     Call,
-    DeadBytes,
     Draws,
     ErrorBudget,
     InputStrategy,
     Kernel,
     LaunchContract,
-    Materials,
     Noise,
     Operator,
-    OutputSpec,
     Paging,
     Rejection,
     Size,

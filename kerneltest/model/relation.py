@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kerneltest.model.case import Case
+from kerneltest.model.materials import Materials
 
 if TYPE_CHECKING:
     import torch
-
-    from kerneltest.model.spec import Materials
 
 
 class Inapplicable(Exception):

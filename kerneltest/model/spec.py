@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from kerneltest.model.case import Case
+from kerneltest.model.materials import Materials
 from kerneltest.model.messages import Device
 from kerneltest.model.misuse import known_kind
 from kerneltest.model.numerics import Arithmetic, Fmt
-from kerneltest.model.poison import Pattern, Place
+from kerneltest.model.poison import Pattern
 from kerneltest.model.relation import Relation
 
 if TYPE_CHECKING:
@@ -50,32 +51,6 @@ class Size:
     heads: int
     rows: int = 8
     vocabulary: int = 5000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeadBytes:
-    """Elements of an input that must not matter. ``mask`` is boolean, over the tensor's leading dimensions."""
-
-    place: Place
-    tensor: str
-    mask: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputSpec:
-    """Shape and dtype (torch's name, such as ``bfloat16``) that an output must have."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Materials:
-    """The tensors of a case on the host, built from its seed alone. Metadata (such as page tables) counts as input."""
-
-    inputs: Mapping[str, torch.Tensor]
-    dead: tuple[DeadBytes, ...]
-    outputs: Mapping[str, OutputSpec]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,6 +144,16 @@ class PagedPrefill:
         return -(-request.kv_len // self.page_size)
 
 
+def common_pages(axes: PagedPrefill, request: Request) -> int:
+    """Whole pages that every query of the request sees, leaving it at least one key to see after them.
+
+    0 with a window or a mask, which show no keys to all, and with ALiBi, which counts keys from the first one.
+    """
+    if axes.window_left >= 0 or axes.mask != "none" or axes.alibi:
+        return 0
+    return max(0, request.kv_len - (request.qo_len if axes.causal else 1)) // axes.page_size
+
+
 # What a kernel may be unable to do, in words, and how it is seen that a case asks for it.
 OPTIONS: dict[str, tuple[str, Callable[[PagedPrefill], bool]]] = {
     "window_left": ("a sliding window", lambda axes: axes.window_left >= 0),

@@ -17,7 +17,7 @@ from kerneltest.oracle.attention_terms import (
     weight_spread,
 )
 
-from .block_sparse import BlockSparse, paged_case
+from ._block_sparse_axes import BlockSparse, paged_case
 
 # Of the blocks of a block row: none, a quarter, half, all.
 DENSITIES = (0.0, 0.25, 0.5, 1.0)

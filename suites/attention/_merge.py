@@ -12,7 +12,7 @@ import torch
 from kerneltest.model import FP32, Bounded, Case, ErrorBudget, Materials, OutputSpec, Related, Variant
 from kerneltest.model.numerics import DIVISION, FLUSHED
 
-from .merge_state import STAND_IN, MergeNumerics, MergeStates
+from ._merge_axes import STAND_IN, MergeNumerics, MergeStates
 
 # Threads of a block that merge what each of them has merged: no kernel has more of them side by side.
 LANES = 32

@@ -8,7 +8,7 @@ import torch
 
 from kerneltest.model import Case, Materials, OutputSpec, Rejection
 
-from .page_append import CKV_DIM, KPE_DIM, PageAppend, locate, streams
+from ._page_append_axes import CKV_DIM, KPE_DIM, PageAppend, locate, streams
 
 # As integers, so that a NaN is equal to itself and -0 is not 0.
 BITS = {1: torch.int8, 2: torch.int16}

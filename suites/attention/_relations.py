@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from kerneltest.model import Case, Materials, Related, Relation
 
+from ._axes import common_pages
+
 if TYPE_CHECKING:
-    from ._axes import PagedPrefill, Request
+    from ._axes import PagedPrefill
 
 
 # Pairs of a query and a key in a batch with a mask, at most: a byte each.
@@ -90,16 +92,6 @@ def _has_no_mask(axes: PagedPrefill) -> bool:
 
 def _can_be_split(axes: PagedPrefill) -> bool:
     return axes.return_lse and any(request.qo_len and common_pages(axes, request) for request in axes.requests)
-
-
-def common_pages(axes: PagedPrefill, request: Request) -> int:
-    """Whole pages that every query of the request sees, leaving it at least one key to see after them.
-
-    0 with a window or a mask, which show no keys to all, and with ALiBi, which counts keys from the first one.
-    """
-    if axes.window_left >= 0 or axes.mask != "none" or axes.alibi:
-        return 0
-    return max(0, request.kv_len - (request.qo_len if axes.causal else 1)) // axes.page_size
 
 
 RELATIONS = (

@@ -25,8 +25,7 @@ from kerneltest.model import (
 )
 
 from . import _masks
-from ._axes import PagedPrefill, Request
-from ._relations import common_pages
+from ._axes import PagedPrefill, Request, common_pages
 from ._tensors import as_laid_out, by_slot, dead_bytes, indptr, outputs
 
 Answer = Mapping[str, Bounded]

@@ -10,14 +10,15 @@ row without blocks has out = 0 and lse = -Inf. ``out`` as ``q``, ``lse`` [rows, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, ErrorBudget, InputStrategy, Materials, Numerics, Operator, Related, Relation, Size
 
 from ._axes import LN_2
+from ._block_sparse_axes import BlockSparse, paged_case
 from ._cases import COMMON, GROUPS, KV_HEADS, WEIGHTS, Kind
-from .paged_prefill import PagedPrefill, Request, paged_prefill
+from .paged_prefill import paged_prefill
 
 if TYPE_CHECKING:
     import torch
@@ -30,67 +31,6 @@ BLOCK_ROWS = (1, 2, 3, 4, 16, 64)
 BLOCK_COLUMNS = (1, 4, 16, 64)
 # Those of paged prefill that change nothing but q, K and V.
 RELATIONS = ("value_sign", "value_scale", "score_scale", "head_permutation", "repeat")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockSparse:
-    """Axes of a case. ``columns`` is a multiple of ``block_columns``; ``group`` query heads share a KV head.
-
-    Which blocks there are is drawn with the values. ``masked``: not all of a block is seen. ``sm_scale`` multiplies the
-    scores; None means 1 / √head_dim.
-    """
-
-    rows: int
-    columns: int
-    block_rows: int
-    block_columns: int
-    dtype: str
-    head_dim: int
-    kv_heads: int
-    group: int
-    masked: bool
-    sm_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "columns", "block_rows", "block_columns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.columns % self.block_columns:
-            raise ValueError(f"columns must be a multiple of {self.block_columns}, got {self.columns}")
-        _ = self.paged  # which refuses what cannot be
-
-    @property
-    def paged(self) -> PagedPrefill:
-        """All rows and columns as one request over pages of one token, without any mask."""
-        return PagedPrefill(
-            requests=(Request(qo_len=self.rows, kv_len=self.columns),),
-            dtype=self.dtype,
-            head_dim=self.head_dim,
-            kv_heads=self.kv_heads,
-            group=self.group,
-            page_size=1,
-            causal=False,
-            shuffled=False,
-            spare_pages=0,
-            sm_scale=self.sm_scale,
-        )
-
-    @property
-    def q_heads(self) -> int:
-        return self.kv_heads * self.group
-
-    @property
-    def scale(self) -> float:
-        """What the scores are multiplied by."""
-        return self.paged.scale
-
-    @property
-    def blocks_down(self) -> int:
-        return -(-self.rows // self.block_rows)
-
-    @property
-    def blocks_across(self) -> int:
-        return self.columns // self.block_columns
 
 
 def cases(size: Size) -> st.SearchStrategy[Case[BlockSparse]]:
@@ -124,11 +64,6 @@ def cases(size: Size) -> st.SearchStrategy[Case[BlockSparse]]:
         return replace(case, relation=relation) if applies else case
 
     return draw_case()
-
-
-def paged_case(case: Case[BlockSparse]) -> Case[PagedPrefill]:
-    """The case as one request that sees everything."""
-    return Case(operator=paged_prefill.name, axes=case.axes.paged, inputs=case.inputs, seed=case.seed)
 
 
 def materialize(case: Case[BlockSparse]) -> Materials:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import FORMATS, Call, Case, Device, Kernel, LaunchContract, Operator
 
+from ._merge_axes import MergeNumerics, MergeStates
 from .flashinfer import NO_KEY_LSE
-from .merge_state import MergeNumerics, MergeStates, merge_state, merge_state_in_place, merge_states
+from .merge_state import merge_state, merge_state_in_place, merge_states
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Call, Case, Device, Kernel, LaunchContract
 
-from .page_append import Exact, PageAppend, mla_page_append, page_append
+from ._page_append_axes import PageAppend
+from .page_append import Exact, mla_page_append, page_append
 
 if TYPE_CHECKING:
     import torch

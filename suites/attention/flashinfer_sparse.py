@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import Call, Case, Device, Kernel, LaunchContract, Numerics
 
 from . import flashinfer as paged
-from .block_sparse import BlockSparse, block_sparse, paged_case
+from ._block_sparse_axes import BlockSparse, paged_case
+from .block_sparse import block_sparse
 from .flashinfer_decode import GROUPS, cuda_core_numerics
 from .flashinfer_ragged import ROUNDINGS_OF_PARTIAL_OUTPUTS
 

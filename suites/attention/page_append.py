@@ -16,64 +16,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, ErrorBudget, InputStrategy, Materials, Operator, Rejection, Size
+
+from ._page_append_axes import DTYPES, Append, PageAppend, locate
 
 if TYPE_CHECKING:
     import torch
     from hypothesis import strategies as st
 
-DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
 HEAD_DIMS = (128, 64, 256)
 KV_HEADS = (1, 2, 4, 8)
 PAGE_SIZES = (1, 4, 16, 64)
-# Of DeepSeek's compressed cache: the latent part and the rotated part of a key.
-CKV_DIM, KPE_DIM = 512, 64
 MAX_SPARE_PAGES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Append:
-    """Tokens that a request has, and those that it gets; either may be 0."""
-
-    before: int
-    new: int
-
-    def __post_init__(self) -> None:
-        if self.before < 0 or self.new < 0:
-            raise ValueError(f"lengths must be at least 0, got {self.before} and {self.new}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageAppend:
-    """Axes of a case. ``kv_heads``, ``head_dim`` and ``layout`` are those of keys and values; MLA has its own.
-
-    ``shuffled``: physical pages in random order. ``spare_pages`` lie in the cache and belong to nobody.
-    """
-
-    requests: tuple[Append, ...]
-    dtype: str
-    page_size: int
-    shuffled: bool
-    spare_pages: int
-    kv_heads: int = 1
-    head_dim: int = 128
-    layout: Literal["NHD", "HND"] = "NHD"
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.layout not in ("NHD", "HND"):
-            raise ValueError(f"layout must be NHD or HND, got {self.layout!r}")
-        if not any(request.new for request in self.requests):
-            raise ValueError("some request must get a token")
-        if min(self.page_size, self.kv_heads, self.head_dim) < 1 or self.spare_pages < 0:
-            raise ValueError("page_size, kv_heads and head_dim must be at least 1, spare_pages at least 0")
-
-    def pages(self, request: Append) -> int:
-        """Pages of the request afterwards."""
-        return -(-(request.before + request.new) // self.page_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +49,6 @@ INPUTS = (
     # Any bits: -0, subnormals, infinities, and NaN with all payloads.
     InputStrategy(name="bits", tier="exact"),
 )
-
-
-def streams(case: Case[PageAppend]) -> tuple[str, str]:
-    """The names of the two tensors that a token has."""
-    return ("ckv", "kpe") if case.operator == "mla_page_append" else ("k", "v")
 
 
 def cases(name: str, size: Size) -> st.SearchStrategy[Case[PageAppend]]:
@@ -204,14 +155,6 @@ def simpler(case: Case[PageAppend]) -> Iterator[Case[PageAppend]]:
         yield replace(case, inputs=INPUTS[0].name)
     if case.seed:
         yield replace(case, seed=0)
-
-
-def locate(case: Case[PageAppend], output: str, index: tuple[int, ...]) -> str:
-    """An index in words: "page 3, slot 17, head 2, dim 5"; MLA has no heads."""
-    if case.operator == "mla_page_append":
-        return f"page {index[0]}, slot {index[1]}, dim {index[2]}"
-    slot, head = (index[1], index[2]) if case.axes.layout == "NHD" else (index[2], index[1])
-    return f"page {index[0]}, slot {slot}, head {head}, dim {index[3]}"
 
 
 def _operator(name: str, outputs: tuple[str, str]) -> Operator:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import Call, Case, Device, Kernel, LaunchContract, Operator
 
 from ._checks import require, require_within
-from .page_append import Exact, PageAppend, mla_page_append, page_append, streams
+from ._page_append_axes import PageAppend, streams
+from .page_append import Exact, mla_page_append, page_append
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from kerneltest.model import FORMATS, Call, Case, Device, Kernel, LaunchContract, Operator
 
 from ._checks import require
-from .merge_state import MergeNumerics, MergeStates, merge_state, merge_state_in_place, merge_states
+from ._merge_axes import MergeNumerics, MergeStates
+from .merge_state import merge_state, merge_state_in_place, merge_states
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import FORMATS, FP32, IEEE_FP32, Call, Case, Device, Kernel, LaunchContract, Numerics
 
 from . import torch_eager
+from ._block_sparse_axes import BlockSparse
 from ._checks import require, require_number, require_within
-from .block_sparse import BlockSparse, block_sparse
+from .block_sparse import block_sparse
 
 if TYPE_CHECKING:
     import torch

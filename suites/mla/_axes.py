@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from kerneltest.model import Case
+
 from ..attention.paged_prefill import DTYPES, PagedPrefill, Request
 
 
@@ -96,3 +98,8 @@ class Mla:
             spare_pages=self.spare_pages,
             sm_scale=self.scale,
         )
+
+
+def as_attention(case: Case[Mla], head_dim: int) -> Case[PagedPrefill]:
+    """The same batch as a case of ``paged_prefill`` with heads of that size: of its keys, or of its outputs."""
+    return Case(operator="paged_prefill", axes=case.axes.as_attention(head_dim), inputs=case.inputs, seed=case.seed)

@@ -14,8 +14,7 @@ from typing import Literal
 from kerneltest.model import Case, Materials, Related, Relation
 
 from ..attention._relations import RELATIONS as OF_ATTENTION
-from ..attention.paged_prefill import PagedPrefill
-from ._axes import Mla
+from ._axes import Mla, as_attention
 
 SHARED = (
     "page_permutation",
@@ -28,11 +27,6 @@ SHARED = (
     "key_permutation",
     "duplicate_keys",
 )
-
-
-def as_attention(case: Case[Mla], head_dim: int) -> Case[PagedPrefill]:
-    """The same batch as a case of ``paged_prefill`` with heads of that size: of its keys, or of its outputs."""
-    return Case(operator="paged_prefill", axes=case.axes.as_attention(head_dim), inputs=case.inputs, seed=case.seed)
 
 
 def _transform(name: str, case: Case[Mla], materials: Materials) -> tuple[Related, ...]:

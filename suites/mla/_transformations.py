@@ -14,8 +14,7 @@ from kerneltest.model import FORMATS, FP32, Bounded, Case, Inapplicable, Materia
 
 from ..attention._transformations import TRANSFORMATIONS as OF_ATTENTION
 from . import _materials
-from ._axes import Mla
-from ._relations import as_attention
+from ._axes import Mla, as_attention
 
 Answer = Mapping[str, Bounded]
 # Even, so that a kernel that multiplies q and k by the root of the scale each still divides by a power of two.

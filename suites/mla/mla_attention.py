@@ -16,10 +16,10 @@ from kerneltest.model import Case, ErrorBudget, InputStrategy, Materials, Operat
 
 from ..attention import paged_prefill as attention
 from ..attention._cases import INPUTS
-from ._axes import Mla
+from ._axes import Mla, as_attention
 from ._cases import captures, cases, simpler
 from ._numerics import MlaNumerics
-from ._relations import RELATIONS, as_attention
+from ._relations import RELATIONS
 
 if TYPE_CHECKING:
     import torch

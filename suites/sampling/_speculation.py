@@ -9,8 +9,8 @@ import torch
 
 from kerneltest.model import Case, Rejection
 
+from ._chain import Chain
 from ._inputs import LOGITS, probs_of
-from .speculative import Chain
 
 
 def materials(case: Case[Chain]) -> dict[str, torch.Tensor]:

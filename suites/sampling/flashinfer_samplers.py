@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import AccModel, Call, Case, Device, Operator
 
 from ._axes import Rows
+from ._chain import Chain
 from ._flashinfer import (
     BLOCK,
     BLOCKS,
@@ -34,7 +35,7 @@ from .filtered import (
     top_k_top_p_sampling_from_logits,
     top_p_sampling,
 )
-from .speculative import Chain, chain_speculative_sampling
+from .speculative import chain_speculative_sampling
 from .unfiltered import sampling_from_logits, sampling_from_probs
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ its own: the tokens that would be accepted each by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, Draws, Materials, Operator, OutputSpec, Rejection, Size
 
 from ._axes import CELLS, MOST_CELLS, SWITCHES, strategies
+from ._chain import Chain
 from ._operators import no_budget
 from ._portfolio import rows_of
 
@@ -28,25 +29,6 @@ if TYPE_CHECKING:
 NAME = "chain_speculative_sampling"
 INPUTS = strategies("generic", "close", "equal", "disjoint", "masked", "peaked", "zipf", "dyadic")
 LONGEST = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
-    """Axes of a case: ``rows`` requests, each with a chain of ``tokens`` from a ``vocabulary``.
-
-    ``shared``: all rows hold the same values. ``device_seed``: the state of the random numbers is in device memory.
-    Raises ValueError for a size below 1.
-    """
-
-    rows: int
-    tokens: int
-    vocabulary: int
-    shared: bool = False
-    device_seed: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.tokens, self.vocabulary) < 1:
-            raise ValueError(f"sizes must be at least 1, got {self.rows}, {self.tokens} and {self.vocabulary}")
 
 
 def cases(size: Size) -> st.SearchStrategy[Case[Chain]]:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from kerneltest.model import Call, Case, Device, Kernel
 
+from ._chain import Chain
 from ._checks import BY_MULTINOMIAL, check_chain
 from ._semantics import Semantics
-from .speculative import Chain, chain_speculative_sampling
+from .speculative import chain_speculative_sampling
 
 if TYPE_CHECKING:
     import torch

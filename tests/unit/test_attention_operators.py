@@ -283,7 +283,7 @@ def test_a_graph_is_captured_with_tensors_that_are_nowhere_smaller() -> None:
 def test_rows_without_blocks_and_dead_keys_occur() -> None:
     empty = dead = False
     for seed in range(20):
-        axes = importlib.import_module(f"{PACKAGE}.block_sparse").BlockSparse(
+        axes = importlib.import_module(f"{PACKAGE}._block_sparse_axes").BlockSparse(
             rows=7,
             columns=12,
             block_rows=2,

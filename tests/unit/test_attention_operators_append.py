@@ -15,6 +15,7 @@ from kerneltest.model import Case, Size, encode
 
 PACKAGE = f"{discovery.PACKAGE}.attention"
 append = importlib.import_module(f"{PACKAGE}.page_append")
+axes_of = importlib.import_module(f"{PACKAGE}._page_append_axes")
 worker = importlib.import_module(f"{PACKAGE}._page_append")
 OPERATORS = {op.name: op for op in (append.page_append, append.mla_page_append)}
 SIZE = Size(batch=3, qo_len=9, kv_len=40, heads=8)
@@ -22,8 +23,8 @@ SIZE = Size(batch=3, qo_len=9, kv_len=40, heads=8)
 
 def case(*requests: tuple[int, int], inputs: str = "normal", **axes: Any) -> Case[Any]:
     given_ = {"dtype": "bfloat16", "page_size": 4, "shuffled": True, "spare_pages": 1, "kv_heads": 2, "head_dim": 64}
-    made = append.PageAppend(
-        requests=tuple(append.Append(before=before, new=new) for before, new in requests), **given_ | axes
+    made = axes_of.PageAppend(
+        requests=tuple(axes_of.Append(before=before, new=new) for before, new in requests), **given_ | axes
     )
     return Case(operator="page_append", axes=made, inputs=inputs, seed=0)
 
@@ -50,7 +51,7 @@ def test_reference_is_what_plain_loops_give(name: str) -> None:
         made = operator.materialize(case)
         x, axes = made.inputs, case.axes
         terms = operator.reference(case, x, "cpu")
-        for stream in append.streams(case):
+        for stream in axes_of.streams(case):
             cache, token = x[f"{stream}_pages"].clone(), 0
             for number, request in enumerate(axes.requests):
                 pages = x["kv_indices"][int(x["kv_indptr"][number]) : int(x["kv_indptr"][number + 1])].tolist()
@@ -126,7 +127,7 @@ def test_the_sign_of_zero_and_the_payload_of_nan_count() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"requests": (append.Append(before=3, new=0),)}, "some request must get a token"),
+        ({"requests": (axes_of.Append(before=3, new=0),)}, "some request must get a token"),
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float8_e4m3fn, got 'int8'"),
         ({"layout": "DHN"}, "layout must be NHD or HND, got 'DHN'"),
         ({"page_size": 0}, "must be at least 1"),

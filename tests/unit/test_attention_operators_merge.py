@@ -17,6 +17,7 @@ from kerneltest.oracle.verdict import judge
 
 PACKAGE = f"{discovery.PACKAGE}.attention"
 merge = importlib.import_module(f"{PACKAGE}.merge_state")
+axes_of = importlib.import_module(f"{PACKAGE}._merge_axes")
 forms = importlib.import_module(f"{PACKAGE}._merge")
 OPERATORS = {op.name: op for op in (merge.merge_state, merge.merge_state_in_place, merge.merge_states)}
 SIZE = Size(batch=2, qo_len=9, kv_len=40, heads=8)
@@ -56,7 +57,7 @@ def budgets(operator: Any, case: Case[Any], **declared: Any) -> Any:
     inputs = operator.materialize(case).inputs
     said = {"out": FORMATS[case.axes.dtype], "lse_base": "2"} | declared
     terms = operator.reference(case, inputs, "cpu")
-    return operator.budget(case, terms, merge.MergeNumerics(**said), operator.strategy(case.inputs))
+    return operator.budget(case, terms, axes_of.MergeNumerics(**said), operator.strategy(case.inputs))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -81,7 +82,7 @@ def test_right_kernels_stay_inside(name: str, base: str, lanes: int) -> None:
 def test_a_second_rounding_has_to_be_declared() -> None:
     outside = 0
     for seed in range(20):
-        axes = merge.MergeStates(rows=4, states=64, heads=2, head_dim=64, dtype="bfloat16")
+        axes = axes_of.MergeStates(rows=4, states=64, heads=2, head_dim=64, dtype="bfloat16")
         case = Case(operator="merge_states", axes=axes, inputs="generic", seed=seed)
         outputs = sequential(forms.values(case), "2", lanes=8)
         outside += not judge(outputs["out"], budgets(merge.merge_states, case)["out"]).ok
@@ -116,21 +117,21 @@ def test_reference_is_what_plain_loops_give(base: str) -> None:
 
 
 def test_states_of_no_keys_weigh_nothing_and_stand_ins_are_such_where_that_is_declared() -> None:
-    axes = merge.MergeStates(rows=4, states=2, heads=1, head_dim=64, dtype="bfloat16")
+    axes = axes_of.MergeStates(rows=4, states=2, heads=1, head_dim=64, dtype="bfloat16")
     empty = Case(operator="merge_state", axes=axes, inputs="empty", seed=0)
     allowed = budgets(merge.merge_state, empty)
     assert float(allowed["lse"].ref[0, 0]) == -math.inf
     assert not bool(allowed["out"].ref[0].any())
     stand_in = Case(operator="merge_state", axes=axes, inputs="stand_in", seed=0)
-    assert float(budgets(merge.merge_state, stand_in)["lse"].ref[0, 0]) == merge.STAND_IN + 1
+    assert float(budgets(merge.merge_state, stand_in)["lse"].ref[0, 0]) == axes_of.STAND_IN + 1
     declared = budgets(merge.merge_state, stand_in, lse_no_key=-49_000.0)
     assert float(declared["lse"].ref[0, 0]) == -math.inf
     # A merge that counts its own beginning as one more of them.
-    assert judge(torch.full((4, 1), merge.STAND_IN + math.log2(3)), declared["lse"]).comparison.first != (0, 0)
+    assert judge(torch.full((4, 1), axes_of.STAND_IN + math.log2(3)), declared["lse"]).comparison.first != (0, 0)
 
 
 def test_rows_that_are_not_merged_must_not_change_by_a_bit() -> None:
-    axes = merge.MergeStates(rows=8, states=2, heads=2, head_dim=64, dtype="bfloat16", masked=True)
+    axes = axes_of.MergeStates(rows=8, states=2, heads=2, head_dim=64, dtype="bfloat16", masked=True)
     case = Case(operator="merge_state_in_place", axes=axes, inputs="generic", seed=1)
     x = forms.values(case)
     assert x.mask.any()
@@ -175,12 +176,12 @@ def test_cases_can_be_and_forms_come_back(name: str) -> None:
 )
 def test_impossible_arithmetic_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        merge.MergeNumerics(**({"out": FP32, "lse_base": "2"} | change))
+        axes_of.MergeNumerics(**({"out": FP32, "lse_base": "2"} | change))
 
 
 def test_rows_in_another_order_keep_their_bits_only_where_that_is_promised() -> None:
     row_order = merge.merge_states.relation("row_order")
-    axes = merge.MergeStates(rows=7, states=17, heads=3, head_dim=256, dtype="float16")
+    axes = axes_of.MergeStates(rows=7, states=17, heads=3, head_dim=256, dtype="float16")
     # A case in which torch's exp2 gave the last row other bits than the first.
     case = Case(operator="merge_states", axes=axes, inputs="generic", seed=802419039, relation="row_order")
     cpu = Device(kind="cpu", ordinal=0, name="cpu", sm=(0, 0), units=1)
@@ -192,6 +193,6 @@ def test_rows_in_another_order_keep_their_bits_only_where_that_is_promised() -> 
 
 
 def test_two_states_are_two() -> None:
-    axes = merge.MergeStates(rows=1, states=3, heads=1, head_dim=64, dtype="bfloat16")
+    axes = axes_of.MergeStates(rows=1, states=3, heads=1, head_dim=64, dtype="bfloat16")
     with pytest.raises(ValueError, match="merge_state merges two states, got 3"):
         merge.merge_state.materialize(Case(operator="merge_state", axes=axes, inputs="generic", seed=0))

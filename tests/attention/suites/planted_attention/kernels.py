@@ -90,7 +90,7 @@ def ignored_mask(bug: bool, call: Call) -> Outputs:
 
 def written(call: Call, place: Callable[[int, int, int], tuple[int, int]]) -> Outputs:
     """Copies each new token where ``place(request, before, position)`` says: an entry of its page table, a slot."""
-    from ..attention.page_append import streams
+    from ..attention._page_append_axes import streams
 
     axes, x, token = call.case.axes, call.inputs, 0
     for name in streams(call.case):
@@ -125,7 +125,7 @@ def wrong_page(bug: bool, call: Call) -> Outputs:
 
 def cleared_tail(bug: bool, call: Call) -> Outputs:
     """The slots behind the last token are set to zero, though they were the caller's."""
-    from ..attention.page_append import streams
+    from ..attention._page_append_axes import streams
 
     outputs, x, axes = torch_append.launch(call), call.inputs, call.case.axes
     for number, request in enumerate(axes.requests if bug else ()):
