@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,9 +52,13 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 
 
 @pytest.fixture(scope="module")
-def worker(suite: Callable[[str], Target]) -> InProcess:
+def worker(suite: Callable[[str], Target]) -> Iterator[InProcess]:
     roots = (str(suite("tiny.right").source.parents[1]),)
-    return InProcess(Start(device="cpu", suite_roots=roots, libraries=()), {})
+    before = dict(os.environ)
+    yield InProcess(Start(device="cpu", suite_roots=roots, libraries=()), {})
+    # That Triton is to interpret is said in the environment, and other tests compile.
+    os.environ.clear()
+    os.environ.update(before)
 
 
 Hunt = Callable[..., DistributionTrail]
