@@ -49,9 +49,10 @@ extern "C" __global__ void late_copy(const unsigned long long *jobs, int count, 
     }
 }
 """
-# How long a load lasts, and how long inputs keep a dependent launch waiting: longer than the host takes to launch.
+# How long a load lasts, and how long inputs keep a dependent launch waiting: longer than the host takes to launch, also
+# where other processes keep its cores busy.
 LOAD_NS = 1_000_000
-LATE_NS = 500_000
+LATE_NS = 2_000_000
 BANDWIDTH_BYTES = 64 << 20
 LATE_BLOCKS = 8
 
