@@ -35,7 +35,8 @@ class Mla:
 
     ``shuffled``: physical pages in random order, so that a request's pages are neither contiguous nor ascending.
     ``sm_scale`` multiplies the scores; None means 1 / √(nope_dim + rope_dim): the size of a head's key before
-    absorption, and never that of the latent one.
+    absorption, and never that of the latent one. ``return_lse``: the log-sum-exp is asked for (without it there is no
+    output ``lse``).
     """
 
     requests: tuple[Request, ...]
@@ -47,6 +48,7 @@ class Mla:
     shuffled: bool
     spare_pages: int
     sm_scale: float | None = None
+    return_lse: bool = True
 
     def __post_init__(self) -> None:
         for name in ("kv_lora_rank", "rope_dim", "nope_dim", "v_dim"):
@@ -97,6 +99,7 @@ class Mla:
             shuffled=self.shuffled,
             spare_pages=self.spare_pages,
             sm_scale=self.scale,
+            return_lse=self.return_lse,
         )
 
 

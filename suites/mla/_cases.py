@@ -86,6 +86,7 @@ def cases(operator: str, relations: Sequence[Relation], size: Size) -> st.Search
             causal=draw(st.booleans()),
             shuffled=draw(st.booleans()),
             spare_pages=draw(st.integers(0, MAX_SPARE_PAGES)),
+            return_lse=draw(weighted({True: 5, False: 1})),
         )
         inputs = draw(weighted(WEIGHTS))
         axes = replace(axes, sm_scale=LN_2 if inputs == "dyadic" else None)
@@ -127,6 +128,7 @@ def simpler(case: Case[Mla]) -> Iterator[Case[Mla]]:
         "causal": False,
         "shuffled": False,
         "spare_pages": 0,
+        "return_lse": True,
     }
     for name, value in simplest.items():
         if getattr(axes, name) != value:

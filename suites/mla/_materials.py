@@ -47,11 +47,12 @@ def _paged(case: Case[Mla], names: Sequence[str], values: Fill, out_dim: int) ->
     inputs |= {name: layout.inputs[name] for name in ("qo_indptr", "kv_indptr", "kv_indices")}
     inputs["kv_len"] = torch.tensor([request.kv_len for request in axes.requests], dtype=torch.int32)
     rows = (axes.total_qo, axes.heads)
-    return Materials(inputs=inputs, dead=_dead(layout.dead), outputs=_outputs((*rows, out_dim), axes.dtype))
+    return Materials(inputs=inputs, dead=_dead(layout.dead), outputs=_outputs(axes, (*rows, out_dim)))
 
 
-def _outputs(shape: tuple[int, ...], dtype: str) -> dict[str, OutputSpec]:
-    return {"out": OutputSpec(shape=shape, dtype=dtype), "lse": OutputSpec(shape=shape[:-1], dtype="float32")}
+def _outputs(axes: Mla, shape: tuple[int, ...]) -> dict[str, OutputSpec]:
+    lse = {"lse": OutputSpec(shape=shape[:-1], dtype="float32")} if axes.return_lse else {}
+    return {"out": OutputSpec(shape=shape, dtype=axes.dtype)} | lse
 
 
 def _dead(of_attention: tuple[DeadBytes, ...]) -> tuple[DeadBytes, ...]:
@@ -82,7 +83,8 @@ def from_attention(original: Materials, materials: Materials) -> Materials:
     x, was = materials.inputs, original.inputs
     nope, rank, page_size = was["q_nope"].shape[-1], was["ckv_pages"].shape[-1], x["k_pages"].shape[1]
     pages, last = x["kv_indptr"].diff(), x["kv_last_page_len"]
-    shape = (*x["q"].shape[:2], original.outputs["out"].shape[-1])
+    rows = tuple(x["q"].shape[:2])
+    shapes = {"out": (*rows, original.outputs["out"].shape[-1]), "lse": rows}
     return Materials(
         inputs={
             **was,
@@ -94,5 +96,5 @@ def from_attention(original: Materials, materials: Materials) -> Materials:
             "kv_len": torch.where(pages > 0, (pages - 1) * page_size + last, 0).to(torch.int32),
         },
         dead=_dead(materials.dead),
-        outputs=_outputs(shape, original.outputs["out"].dtype),
+        outputs={name: replace(spec, shape=shapes[name]) for name, spec in original.outputs.items()},
     )

@@ -40,7 +40,7 @@ def planner(backend: str) -> Callable[[Call], Any]:
         dtype = getattr(torch, axes.dtype)
         try:
             wrapper.plan(
-                **_metadata(x["qo_indptr"], x["kv_indptr"], x["kv_indices"], x["kv_len"]),
+                **_metadata(x["qo_indptr"], x["kv_indptr"], x["kv_indices"], x["kv_len"], return_lse=axes.return_lse),
                 num_heads=axes.heads,
                 head_dim_ckv=axes.rank,
                 head_dim_kpe=axes.dims.rope_dim,
@@ -62,15 +62,24 @@ def planner(backend: str) -> Callable[[Call], Any]:
 
 
 def _metadata(
-    qo_indptr: torch.Tensor, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, kv_len: torch.Tensor
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_len: torch.Tensor,
+    *,
+    return_lse: bool,
 ) -> dict[str, Any]:
-    """Arguments of ``plan()`` that hold lengths and pages: from 0.7 on an object, which makes flat ones deprecated."""
+    """Arguments of ``plan()`` that hold lengths and pages: from 0.7 on an object, which makes flat ones deprecated.
+
+    With it ``plan()`` has to know whether ``run()`` will ask for a log-sum-exp (mla/_batch_mla/_contracts.py:141).
+    """
     tensors = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_indices": kv_indices, "kv_len_arr": kv_len}
     if not _structured():
         return tensors
     from flashinfer.mla import MLAPlanMetadata
 
-    options = {"query_layout": "split", "kv_cache_layout": "split", "lse_mode": "base2"}
+    lse_mode = "base2" if return_lse else "none"
+    options = {"query_layout": "split", "kv_cache_layout": "split", "lse_mode": lse_mode}
     return {"metadata": MLAPlanMetadata.csr(**tensors), **options}
 
 
@@ -94,7 +103,7 @@ def _wrapper(call: Call, workspace: torch.Tensor, backend: str) -> Any:
 
 def launch(call: Call) -> dict[str, torch.Tensor]:
     """Run the planned wrapper into the caller's own buffers."""
-    x, outputs = call.inputs, call.outputs
+    x = call.inputs
     if _structured():
         tensors: dict[str, Any] = {
             "query": (x["q_nope"], x["q_pe"]),
@@ -107,8 +116,8 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
             "ckv_cache": x["ckv_pages"],
             "kpe_cache": x["kpe_pages"],
         }
-    out, lse = call.plan.run(**tensors, out=outputs["out"], lse=outputs["lse"], return_lse=True)
-    return {"out": out, "lse": lse}
+    answer = call.plan.run(**tensors, **call.outputs, return_lse=call.case.axes.return_lse)
+    return dict(zip(("out", "lse"), answer, strict=True)) if call.case.axes.return_lse else {"out": answer}
 
 
 def unsupported(case: Case[Mla], device: Device) -> str | None:

@@ -49,7 +49,8 @@ def budget(
     """The budgets of ``out`` and ``lse``; see :func:`._layer_budget.layer_budget`."""
     from ._layer_budget import layer_budget
 
-    return layer_budget(terms, numerics, case.axes.dims, strategy.tier)
+    budgets = layer_budget(terms, numerics, case.axes.dims, strategy.tier)
+    return {name: budget for name, budget in budgets.items() if name != "lse" or case.axes.return_lse}
 
 
 def locate(case: Case[Mla], output: str, index: tuple[int, ...]) -> str:

@@ -50,7 +50,8 @@ def budget(
     """The budgets of ``out`` and ``lse``; a score is a sum of rank + rope_dim products."""
     from kerneltest.oracle.attention import attention_budget
 
-    return attention_budget(terms, numerics, head_dim=case.axes.key_dim, tier=strategy.tier)
+    budgets = attention_budget(terms, numerics, head_dim=case.axes.key_dim, tier=strategy.tier)
+    return {name: budget for name, budget in budgets.items() if name != "lse" or case.axes.return_lse}
 
 
 def locate(case: Case[Mla], output: str, index: tuple[int, ...]) -> str:

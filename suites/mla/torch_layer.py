@@ -39,7 +39,8 @@ def launch(form: str, call: Call) -> Mapping[str, torch.Tensor]:
         },
     )
     w_uk, w_uv = x["w_uk"].float(), x["w_uv"].float()
-    out, lse = call.outputs["out"], call.outputs["lse"]
+    out = call.outputs["out"]
+    lse = call.outputs["lse"] if axes.return_lse else out.new_empty(out.shape[:-1], dtype=torch.float32)
 
     def rounded(value: torch.Tensor) -> torch.Tensor:
         return value.to(out.dtype).float()

@@ -63,6 +63,11 @@ def numerics(case: Case[Mla], device: Device) -> Numerics:
     )
 
 
+def unsupported(case: Case[Mla], device: Device) -> str | None:
+    """The merge of split keys always has a log-sum-exp."""
+    return None if case.axes.return_lse else "the kernel always writes its log-sum-exp"
+
+
 def specialisation(case: Case[Mla]) -> str:
     """What Triton compiles anew."""
     axes = case.axes
@@ -84,6 +89,7 @@ triton_decode = Kernel(
     numerics=numerics,
     # Each row of a tile is summed by itself on a GPU; but the promise is the kernel's, wherever it runs.
     inexact={"head_permutation": "where it is interpreted, BLAS may add up each row of a tile differently"},
+    unsupported=unsupported,
     specialisation=specialisation,
     contract=LaunchContract(
         captured="lengths",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mla_cases import CPU, OPERATORS, axes, case, module
 
-from kerneltest.model import Call, Case, Device, Guard, Pattern, Place, Unsupported
+from kerneltest.model import Call, Case, Device, Guard, Kernel, Pattern, Place, Unsupported
 from kerneltest.worker.memory import Memory
 from kerneltest.worker.staging import Staged
 
@@ -68,9 +68,9 @@ class Wrapper:
             raise ValueError("kv_len_arr metadata must be nonnegative.")
         self.planned = arguments
 
-    def run(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, **arguments: Any) -> Any:
         self.ran = arguments
-        return arguments["out"], arguments["lse"]
+        return (arguments["out"], arguments["lse"]) if arguments["return_lse"] else arguments["out"]
 
 
 @pytest.fixture(params=["0.6", "0.7"])
@@ -120,6 +120,28 @@ def test_flashinfer_is_called_in_the_words_of_its_release(release: str) -> None:
     assert answer["lse"] is call.outputs["lse"]
     tensors = ("query", "kv_cache") if release == "0.7" else ("q_nope", "q_pe", "ckv_cache", "kpe_cache")
     assert set(plan.ran) == {*tensors, "out", "lse", "return_lse"}
+
+
+def test_flashinfer_is_told_that_nobody_asks_for_a_log_sum_exp(release: str) -> None:
+    call = call_of(case((1, 20), dims=axes.DEEPSEEK, return_lse=False))
+    plan = adapter.planner("fa2")(call)
+    assert plan.planned.get("lse_mode") == ("none" if release == "0.7" else None)
+    assert adapter.launch(replace(call, plan=plan)).keys() == call.outputs.keys() == {"out"}
+    assert plan.ran["return_lse"] is False
+    assert "lse" not in plan.ran
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_torch_answers_the_same_without_a_log_sum_exp(operator: str) -> None:
+    file = torch_gather if operator == "mla_paged_attention" else torch_layer
+    for kernel in (one for one in vars(file).values() if isinstance(one, Kernel)):
+        answers = []
+        for asked in (True, False):
+            call = call_of(case((3, 20), (1, 0), operator=operator, causal=True, return_lse=asked))
+            answers.append(kernel.launch(call))
+        both, alone = answers
+        assert (both.keys(), alone.keys()) == ({"out", "lse"}, {"out"})
+        assert torch.equal(both["out"], alone["out"])
 
 
 @pytest.mark.usefixtures("release")
