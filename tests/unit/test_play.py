@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +13,13 @@ import pytest
 import torch
 from attention_cases import case, paged
 
+from kerneltest import discovery
 from kerneltest.model import (
     FORMATS,
     FP32,
     IEEE_FP32,
     Call,
+    Case,
     Data,
     Device,
     Guard,
@@ -79,6 +82,30 @@ def test_a_right_kernel_passes_and_is_judged_once_for_the_same_bits(rig: Rig) ->
     assert set(first.used) == {"out", "lse"}
     assert second.used == {}
     assert first.repeated == (3, 0)
+
+
+def test_other_data_that_does_not_fit_into_the_same_buffers_is_refused(rig: Rig) -> None:
+    """How many blocks a block-sparse matrix has is drawn with its values."""
+    axes = importlib.import_module(f"{discovery.PACKAGE}.attention._block_sparse_axes").BlockSparse(
+        rows=1,
+        columns=8,
+        block_rows=1,
+        block_columns=1,
+        dtype="float32",
+        head_dim=64,
+        kv_heads=1,
+        group=1,
+        masked=False,
+    )
+    sparse = importlib.import_module(f"{discovery.PACKAGE}.attention.torch_sparse").masked
+    outcomes = [
+        play(sparse, LaunchSequence(case=one, steps=(Reuse(buffers="same"),)), rig, {})
+        for one in (Case(operator="block_sparse", axes=axes, inputs="generic", seed=seed) for seed in range(12))
+    ]
+    assert {outcome.reason for outcome in outcomes if outcome.status is Status.UNSUPPORTED} == {
+        "the other tensors do not fit into the buffers of the case under test"
+    }
+    assert {outcome.status for outcome in outcomes} == {Status.PASSED, Status.UNSUPPORTED}
 
 
 def test_the_digest_is_that_of_the_launch_alone(rig: Rig) -> None:

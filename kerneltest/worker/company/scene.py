@@ -125,7 +125,12 @@ class Scene:
         return staged.launch()
 
     def rehearse(self, materials: Materials) -> None:
-        """Launch with other tensors of the same shapes in the buffers under test, then put the right ones back."""
+        """Launch with other tensors in the buffers under test, then put the right ones back.
+
+        Raises :class:`Unsupported` where they do not fit: how many elements there are may follow from a case's values.
+        """
+        if not self.stage.holds(materials):
+            raise Unsupported("the other tensors do not fit into the buffers of the case under test")
         self.stage.become(self.execution.case, materials)
         self.stage.workspaces.restart()
         self.kept.append(self.run(self.stage))
