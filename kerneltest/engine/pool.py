@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from kerneltest.engine.job import Job
 from kerneltest.model import Finding, Kernel, Outcome, Start, Started, Status, decode, encode
+from kerneltest.model.messages import NOT_THE_KERNELS
 
 # From the start of the process to its first answer: importing torch and compiling the poison kernels takes a while.
 START_DEADLINE = 300.0
@@ -36,7 +37,10 @@ WORKER_FRAMES = os.path.join("kerneltest", "worker", "")
 
 
 class WorkerFailed(Exception):
-    """A worker could not be started at all, or not with the device; the message holds the end of its stderr."""
+    """A worker could not be started, or not with the device, or was ended by an error of an operator's or of ours.
+
+    The message holds the end of its stderr.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +207,8 @@ class WorkerPool:
         answer = worker.ask(job.message, deadline if modules <= worker.warm else cold)
         if isinstance(answer, Death):
             self._replace()
+            if answer.returncode == NOT_THE_KERNELS:
+                raise WorkerFailed("\n  ".join(("an error that is not the kernel's ended its worker:", *answer.stderr)))
             seconds = time.monotonic() - begun
             return Outcome(
                 status=Status.FAILED, seconds=seconds, finding=_death(job.kernel, answer, seconds), fatal=True

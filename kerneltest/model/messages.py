@@ -12,6 +12,9 @@ from kerneltest.model.failure import Finding
 from kerneltest.model.misuse import Misuse
 from kerneltest.model.poison import Coverage
 
+# The exit status of a worker that was ended by an error of an operator's or of ours (EX_SOFTWARE of sysexits.h).
+NOT_THE_KERNELS = 70
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:

@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import sys
+import traceback
 from typing import TextIO
 
+from kerneltest.model.messages import NOT_THE_KERNELS
 from kerneltest.worker.serve import Worker
 
 
@@ -25,9 +27,16 @@ def main() -> None:
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
+    """Answer until the input ends. An error that no kernel is to blame for ends the process by a status of its own."""
     worker = Worker()
     for line in requests:
-        answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")
+        try:
+            answer = worker.answer(json.loads(line))
+        except Exception:
+            traceback.print_exc()
+            # Where the device's context is lost, whatever is raised next is the kernel's doing.
+            sys.exit(NOT_THE_KERNELS if worker.device_answers else 1)
+        answers.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":

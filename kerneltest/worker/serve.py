@@ -25,6 +25,13 @@ class Worker:
             return encode(self._start(decode(Start, message)))
         return encode(self._run(decode(Run, message)))
 
+    @property
+    def device_answers(self) -> bool:
+        """Whether there is a device by now, and its context is not lost."""
+        from kerneltest.worker.device import context_is_lost
+
+        return self._device is not None and not context_is_lost(self._device)
+
     def _start(self, start: Start) -> Started:
         if start.device == "cpu" or (start.device == "auto" and not _sees_cuda()):
             # Must be set before Triton is imported: on a CPU its kernels run in its interpreter.

@@ -27,7 +27,10 @@ import ctypes
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
+
+from ._cheap import operator
 
 
 def below(depth, action):
@@ -66,6 +69,13 @@ def compile_first(call):
     return a.healthy(call)
 
 
+def misread(case, inputs, device):
+    if case.seed:
+        raise IndexError("a reference goes wrong")
+    return operator.reference(case, inputs, device)
+
+
+mistaken = replace(kernel("pooled.mistaken", a.healthy), operator=replace(operator, reference=misread))
 compiling = kernel("pooled.compile", compile_first, unsupported=lambda case, device: None if case.seed else "no")
 hanging = kernel("pooled.hang", hang)
 dying = kernel("pooled.segfault", segfault)
@@ -280,6 +290,24 @@ def test_a_device_that_is_gone_is_no_crash_of_a_kernel(
             pool.run(Job(kernel=kernel, source=pooled.source, case=case(0)), deadline=COLD, cold=COLD)
     finally:
         pool.close()
+
+
+def test_an_error_that_is_not_the_kernels_ends_the_hunt_and_accuses_nobody(pooled: Pooled) -> None:
+    kernel = discovery.load_kernels(pooled.source)["pooled.mistaken"]
+    case: Any = sys.modules[f"{discovery.PACKAGE}.pooled._cheap"].case
+    roots = (str(pooled.source.parents[1]), str(discovery.builtin_root()))
+    pool = WorkerPool(Start(device="cpu", suite_roots=roots, libraries=()), {})
+    try:
+        with pytest.raises(WorkerFailed) as caught:
+            pool.run(Job(kernel=kernel, source=pooled.source, case=case(1)), deadline=COLD, cold=COLD)
+        # The next job gets a new worker.
+        after = pool.run(Job(kernel=kernel, source=pooled.source, case=case(0)), deadline=COLD, cold=COLD)
+    finally:
+        pool.close()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "an error that is not the kernel's ended its worker:"
+    assert lines[-1] == "  IndexError: a reference goes wrong"
+    assert after.status is Status.PASSED
 
 
 def test_workers_side_by_side_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
