@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kerneltest.model import ErrorBudget, Finding, Unsupported
+from kerneltest.model import ErrorBudget, Finding, Kernel, Unsupported
 from kerneltest.model.numerics import TYPICAL_ROUNDING, WORST_ROUNDING
 from kerneltest.oracle.rounding import Z, half_ulp
 from kerneltest.worker import device as devices
@@ -18,9 +18,9 @@ def agrees_with_its_peer(execution: Execution) -> Finding | None:
     if peer is None:
         return None
     other = execution.beside(peer)
+    if not _willing(peer, other):
+        return None
     try:
-        if peer.unsupported(other.case, other.device):
-            return None
         seen = other.observe(other.uniform(other.strategy.patterns[-1]))
         if seen.problem or not all(verdict.ok for verdict in other.judged(seen).values()):
             return None
@@ -42,6 +42,17 @@ def agrees_with_its_peer(execution: Execution) -> Finding | None:
         if bool((share > 1).any()):
             return _too_far_apart(execution, peer.name, name, share, ours.outputs[name], seen.outputs[name])
     return None
+
+
+def _willing(peer: Kernel, other: Execution) -> bool:
+    """Whether the peer takes the case, and declares an arithmetic that it can be judged by."""
+    try:
+        if peer.unsupported(other.case, other.device):
+            return False
+        peer.numerics(other.case, other.device)
+    except Exception:
+        return False
+    return True
 
 
 def _too_far_apart(
