@@ -27,6 +27,7 @@ from kerneltest.model import (
     LaunchSequence,
     Neighbour,
     Numerics,
+    PageTable,
     Pattern,
     Place,
     Poison,
@@ -106,6 +107,14 @@ def test_other_data_that_does_not_fit_into_the_same_buffers_is_refused(rig: Rig)
         "the other tensors do not fit into the buffers of the case under test"
     }
     assert {outcome.status for outcome in outcomes} == {Status.PASSED, Status.UNSUPPORTED}
+
+
+@pytest.mark.parametrize("kv_dtype", ["same", "float8_e4m3fn", "float8_e5m2"])
+def test_pages_of_every_format_can_be_moved(rig: Rig, kv_dtype: str) -> None:
+    eager = importlib.import_module(f"{discovery.PACKAGE}.attention.torch_eager").eager
+    one = case((3, 30), (1, 9), page_size=4, spare_pages=2, kv_dtype=kv_dtype)
+    outcome = play(eager, LaunchSequence(case=one, steps=(PageTable(),)), rig, {})
+    assert outcome.status is Status.PASSED
 
 
 def test_the_digest_is_that_of_the_launch_alone(rig: Rig) -> None:

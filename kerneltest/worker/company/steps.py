@@ -36,6 +36,7 @@ from kerneltest.worker import device as devices
 from kerneltest.worker.company import torch_ops
 from kerneltest.worker.company.scene import Scene
 from kerneltest.worker.execute import first_line
+from kerneltest.worker.poison import as_bits
 from kerneltest.worker.staging import KernelRaised, Staged, Workspaces
 
 
@@ -148,7 +149,9 @@ def _(_step: PageTable, scene: Scene) -> None:
     pages = inputs[paging.pages[0]].shape[0]
     moved = torch.randperm(pages, generator=torch.Generator().manual_seed(scene.execution.case.seed))
     for name in paging.pages:
-        inputs[name] = torch.empty_like(inputs[name]).index_copy_(0, moved, inputs[name])
+        there = torch.empty_like(inputs[name])
+        as_bits(there).index_copy_(0, moved, as_bits(inputs[name]))  # a copy that knows every format
+        inputs[name] = there
     inputs[paging.table] = moved[inputs[paging.table].long()].to(inputs[paging.table].dtype)
     scene.rehearse(replace(scene.execution.materials, inputs=inputs, dead=()))
 
