@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import FORMATS, WGMMA_16BIT, Call, Case, Device, Kernel, Numerics, Unsupported
 
 from ..attention.flashinfer import CONTRACT as OF_ATTENTION
+from ..attention.flashinfer import named
 from ._axes import Mla
 from .mla_paged_attention import mla_paged_attention
 
@@ -116,8 +117,8 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
             "ckv_cache": x["ckv_pages"],
             "kpe_cache": x["kpe_pages"],
         }
-    answer = call.plan.run(**tensors, **call.outputs, return_lse=call.case.axes.return_lse)
-    return dict(zip(("out", "lse"), answer, strict=True)) if call.case.axes.return_lse else {"out": answer}
+    with_lse = call.case.axes.return_lse
+    return named(with_lse, call.plan.run(**tensors, **call.outputs, return_lse=with_lse))
 
 
 def unsupported(case: Case[Mla], device: Device) -> str | None:

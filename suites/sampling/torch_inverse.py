@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kerneltest.model import AccModel, Call, Case, Device, Kernel
+from kerneltest.model import Call, Case, Device, Kernel
 
 from ._axes import Rows
 from ._checks import checked
 from ._semantics import Inverse, Semantics
+from .torch_sort import IN_DOUBLE
 from .unfiltered import sampling_from_probs
 
 if TYPE_CHECKING:
     import torch
-
-IN_DOUBLE = AccModel(53, "rne", 1)
 
 
 def launch(call: Call) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -17,6 +18,8 @@ from kerneltest import discovery
 from kerneltest.engine.job import Job
 from kerneltest.engine.pool import WorkerFailed, WorkerPool, threads
 from kerneltest.model import Outcome, Start, Started, Status, encode
+from kerneltest.model.messages import NOT_THE_KERNELS
+from kerneltest.worker.__main__ import serve
 
 if TYPE_CHECKING:
     from user_project import Project
@@ -308,6 +311,22 @@ def test_an_error_that_is_not_the_kernels_ends_the_hunt_and_accuses_nobody(poole
     assert lines[0] == "an error that is not the kernel's ended its worker:"
     assert lines[-1] == "  IndexError: a reference goes wrong"
     assert after.status is Status.PASSED
+
+
+@pytest.mark.parametrize(("answers", "status"), [(True, NOT_THE_KERNELS), (False, 1)])
+def test_behind_a_lost_context_an_error_is_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, answers: bool, status: int
+) -> None:
+    class Broken:
+        device_answers = answers
+
+        def answer(self, message: Any) -> Any:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr("kerneltest.worker.__main__.Worker", Broken)
+    with pytest.raises(SystemExit) as ended:
+        serve(io.StringIO('"CUDA error"\n'), io.StringIO())
+    assert ended.value.code == status
 
 
 def test_workers_side_by_side_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
