@@ -110,12 +110,12 @@ def test_does_not_slide_to_another_bug() -> None:
 
 
 def test_counts_distinct_cases_and_refusals() -> None:
-    rule = Rule(lambda c: "unsupported" if c.axes.dtype == "float32" else None)
+    rule = Rule(lambda c: "unsupported" if c.axes.causal else None)
     trail = hunt(TARGET, rule, QUICK, 1)
     assert trail.caught is None
     assert len({case.id for case in trail.cases}) == len(trail.cases) >= 0.6 * QUICK.cases
     assert trail.unsupported == {"by rule": len(rule.asked) - len(trail.cases)}
-    assert trail.unsupported["by rule"] > 0
+    assert trail.unsupported["by rule"] > 20
     assert trail.launches == 2 * len(trail.cases)
 
 
