@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -90,10 +91,12 @@ class SuiteFile(pytest.File):
             reason = f"{type(error).__name__}: {error}"
             yield BrokenItem.from_parent(self, name="import", reason=reason, expected=discovery.EXPECTED_FORM)
             return
+        profile = start(self.config).options.profile
         for kernel in kernels.values():
+            if not profile.concerns(kernel.operator):
+                continue
             target = Target(kernel=kernel, source=self.path)
             yield KernelItem.from_parent(self, name=kernel.name, suite=suite, target=target)
-            profile = start(self.config).options.profile
             if profile.cuda_sequences:
                 yield SequencesItem.from_parent(self, name=f"{kernel.name}-in-company", suite=suite, target=target)
             if profile.misused:
@@ -252,6 +255,7 @@ def _options(config: pytest.Config) -> Options:
         _at_least("--kernel-modules", option.kernel_modules, 1)
         most = option.kernel_modules
         profile = replace(profile, compiles=most, modules=min(profile.modules, most))
+    profile = replace(profile, only=tuple(map(_axis, filter(None, (option.kernel_only or "").split(",")))))
     if option.kernel_misused is not None:
         _at_least("--kernel-misused", option.kernel_misused, 0)
         profile = replace(profile, misused=option.kernel_misused)
@@ -279,7 +283,16 @@ def _options(config: pytest.Config) -> Options:
         invoked_in=config.invocation_params.dir,
         evidence=Path(option.kernel_evidence or config.rootpath / ".kerneltest" / "evidence"),
         steps=tuple(kinds) or tuple(STEPS),
+        trace=_trace(config),
     )
+
+
+def _trace(config: pytest.Config) -> Path | None:
+    """Where to write what workers are asked for: a file for each process of pytest-xdist."""
+    if config.option.kernel_trace is None:
+        return None
+    path, process = Path(config.option.kernel_trace), getattr(config, "workerinput", {}).get("workerid")
+    return path.with_name(f"{path.stem}-{process}{path.suffix}") if process else path
 
 
 def _at_least(option: str, value: int, least: int) -> None:
@@ -290,6 +303,16 @@ def _at_least(option: str, value: int, least: int) -> None:
 def _one_of(option: str, value: str, valid: list[str]) -> None:
     if value not in valid:
         raise pytest.UsageError(f"{option}: unknown value {value!r}; valid: {', '.join(valid)}")
+
+
+def _axis(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise pytest.UsageError(f"--kernel-only: expected AXIS=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:  # a word, such as bfloat16
+        return name, value
 
 
 def _library(text: str) -> tuple[str, Path]:

@@ -68,6 +68,13 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         },
     ),
     (
+        "--kernel-only",
+        {
+            "metavar": "AXIS=VALUE[,...]",
+            "help": "draw such cases alone, of the kernels that have the axes, such as alibi=true,head_dim=128",
+        },
+    ),
+    (
         "--kernel-misused",
         {
             "type": int,
@@ -96,6 +103,10 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"metavar": "PATH", "help": "the HTML report (default: reports/kerneltest.html beside the configuration file)"},
     ),
     ("--kernel-json", {"metavar": "PATH", "help": "a summary for machines; schema in docs/summary.md"}),
+    (
+        "--kernel-trace",
+        {"metavar": "PATH", "help": "write all that workers are asked for, with its answer, as lines of JSON, at once"},
+    ),
     ("--kernel-fixtures", {"metavar": "FOLDER", "help": "where found bugs are written (default: fixtures)"}),
 )
 

@@ -21,6 +21,7 @@ from kerneltest.engine.misuse import MisuseTrail, hunt_misuse, replay_misuse
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
 from kerneltest.engine.profile import Profile
 from kerneltest.engine.text import failure_text, misuse_text, nothing_checked_text, steps, vacuous_text
+from kerneltest.engine.traced import Traced
 from kerneltest.model import (
     FAILURES,
     Case,
@@ -70,6 +71,7 @@ class Options:
     invoked_in: Path
     evidence: Path
     steps: tuple[str, ...] = tuple(STEPS)
+    trace: Path | None = None
 
 
 class Session:
@@ -85,15 +87,18 @@ class Session:
     def runner(self) -> Runner:
         if self._runner is None:
             cls = InProcess if self.options.isolation == "inprocess" else WorkerPool
-            self._runner = cls(self._start, self.options.libraries)
+            self._runner = self._traced(cls(self._start, self.options.libraries), "busy")
         return self._runner
 
     @property
     def quiet(self) -> Runner | None:
         """A worker in which nothing but launches alone ever runs; None where all share the process of pytest."""
         if self._quiet is None and self.options.isolation != "inprocess":
-            self._quiet = WorkerPool(self._start, self.options.libraries)
+            self._quiet = self._traced(WorkerPool(self._start, self.options.libraries), "quiet")
         return self._quiet
+
+    def _traced(self, runner: Runner, who: str) -> Runner:
+        return Traced(runner, self.options.trace, who) if self.options.trace else runner
 
     @property
     def _start(self) -> Start:
@@ -144,6 +149,9 @@ class Session:
             return self._record(suite, kernel, unchecked=(Unchecked(what=kernel.name, why=reason),)), None
         target = replace(target, peers=self._peers(kernel))
         trail = hunt(target, self.runner, self.options.profile, self._seed(kernel))
+        if not trail.cases and self.options.profile.only:
+            why = Unchecked(what=kernel.name, why="it supports none of the few cases that --kernel-only leaves")
+            return self._record(suite, kernel, trail, unchecked=(why,)), None
         if not trail.cases:
             finding = Finding(kind="NothingChecked", kernel=kernel.name, key="", what="no drawn case is supported")
             failure: Failure = NothingChecked(finding, nothing_checked_text(kernel.name, trail, started))

@@ -11,7 +11,7 @@ from kerneltest.engine.guards import guarded
 from kerneltest.engine.hunt import Target
 from kerneltest.engine.pool import Runner
 from kerneltest.engine.profile import Profile
-from kerneltest.model import Case, Data, Kernel, Neighbour, Outcome, Place, Status
+from kerneltest.model import Case, Data, Kernel, Neighbour, Outcome, Place, Started, Status
 from kerneltest.model.sequence import STEPS
 
 # Cases of a neighbour, and how many are drawn for each that is wanted: a kernel refuses some.
@@ -33,13 +33,13 @@ class Cast:
     every neighbour by its name.
 
     ``kinds``: the kinds of steps to draw from. ``places`` can be poisoned here; ``torch_ops`` can be launched.
-    ``asserting``: the neighbours that are given finite inputs alone.
+    ``finite``: the neighbours that are given finite inputs alone, each with the reason.
     """
 
     kernel: Kernel
     digests: Mapping[Case[Any], str | None]
     neighbours: Mapping[str, tuple[Case[Any], ...]]
-    asserting: frozenset[str] = frozenset()
+    finite: Mapping[str, str] = field(default_factory=dict)
     torch_ops: tuple[str, ...]
     places: tuple[Place, ...]
     kinds: tuple[str, ...]
@@ -92,7 +92,8 @@ def assemble(
     if cases and Neighbour.kind in kinds:
         for name, other in neighbours.targets.items():
             if name not in neighbours.right:
-                playable = _playable(alone, runner, other, profile, NEIGHBOUR_CASES, neighbours.seed)
+                any_case = replace(profile, only=())
+                playable = _playable(alone, runner, other, any_case, NEIGHBOUR_CASES, neighbours.seed)
                 neighbours.right[name] = tuple(case for case, digest in playable.items() if digest)
             if neighbours.right[name]:
                 others[name] = neighbours.right[name]
@@ -103,7 +104,7 @@ def assemble(
         kernel=target.kernel,
         digests=cases,
         neighbours=others,
-        asserting=frozenset(name for name in others if neighbours.targets[name].kernel.contract.asserts),
+        finite={name: why for name in others if (why := neighbours.targets[name].kernel.contract.needs_finite)},
         torch_ops=started.torch_ops,
         places=EVERYWHERE if device.kind == "cpu" else (*ON_CHIP, *EVERYWHERE),
         kinds=tuple(possible),
@@ -118,29 +119,47 @@ def _playable(
     One that fails alone has no digest. It stays: that is found, too, and needs no step. One that ends the worker is the
     last that is asked for: the next might as well, and each takes a new worker.
     """
-    kernel, started = target.kernel, runner.started
-    assert started.device is not None
+    started = runner.started
     found: dict[Case[Any], str | None] = {}
-    asked: set[Case[Any]] = set()
-    modules: set[str] = set()
-    deaths: list[Case[Any]] = []
+    modules = profile.modules
+    for cases in _by_specialisation(target, profile, started, wanted, seed_value):
+        # The places that are left are shared by the specialisations that are.
+        share = len(found) + (-(-(wanted - len(found)) // modules) if modules else 0)
+        before = len(found)
+        for case in cases:
+            if len(found) == share:
+                break
+            outcome = alone(runner, target, case)
+            if outcome.status is not Status.UNSUPPORTED:
+                found[case] = outcome.digest
+            if outcome.fatal:
+                return _sorted(found)
+        modules -= len(found) > before
+    return _sorted(found)
+
+
+def _by_specialisation(
+    target: Target, profile: Profile, started: Started, wanted: int, seed_value: int
+) -> list[list[Case[Any]]]:
+    """Drawn cases of each specialisation: first those with enough of them, as they were drawn, then by their number.
+
+    The first one that is drawn is the plainest. Of some there are one or two cases, which are no company to look at.
+    """
+    drawn: dict[str, list[Case[Any]]] = {}
 
     def collect(case: Case[Any]) -> None:
-        module = kernel.specialisation(case)
-        enough = bool(deaths) or len(found) == wanted
-        if case in asked or enough or (module not in modules and len(modules) == profile.modules):
-            return
-        asked.add(case)
-        outcome = alone(runner, target, case)
-        if outcome.fatal:
-            deaths.append(case)
-        if outcome.status is not Status.UNSUPPORTED:
-            found[case] = outcome.digest
-            modules.add(module)
+        cases = drawn.setdefault(target.kernel.specialisation(case), [])
+        if case not in cases:
+            cases.append(case)
 
-    cases = guarded(kernel.operator.cases(profile.size(started.device)), started)
-    draw(cases.map(lambda case: replace(case, relation="")), collect, DRAWN_FOR_EACH * wanted, seed_value)
-    return dict(sorted(found.items(), key=lambda item: simplicity(item[0])))
+    assert started.device is not None
+    strategy = guarded(target.kernel.operator.cases(profile.size(started.device)).filter(profile.wants), started)
+    draw(strategy.map(lambda case: replace(case, relation="")), collect, DRAWN_FOR_EACH * wanted, seed_value)
+    return sorted(drawn.values(), key=lambda cases: -min(len(cases), wanted // 2))
+
+
+def _sorted(cases: Mapping[Case[Any], str | None]) -> dict[Case[Any], str | None]:
+    return dict(sorted(cases.items(), key=lambda item: simplicity(item[0])))
 
 
 def simplicity(case: Case[Any]) -> tuple[int, str]:

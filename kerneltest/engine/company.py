@@ -85,6 +85,8 @@ class _Company:
         elif outcome.fatal and (guilty := self._lethal_neighbour(sequence)):
             self.neighbours.lethal.add(guilty)
             return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {guilty} kills the worker by itself")
+        elif outcome.fatal and (why := self._ended_by_its_data(sequence)):
+            return Outcome(status=Status.UNSUPPORTED, reason=why)
         outcome = self._blamed_on_what_is_unmapped(outcome, sequence)
         if outcome.finding and self.company_only and self.chase.prey is None and self._set_aside(sequence):
             return Outcome(status=Status.UNSUPPORTED, reason=FAILS_ALONE)
@@ -156,6 +158,22 @@ class _Company:
             other = self.neighbours.targets[step.kernel]
             if step.kernel != self.target.kernel.name and self.alone(self.runner, other, step.case).fatal:
                 return step.kernel
+        return None
+
+    def _ended_by_its_data(self, sequence: LaunchSequence) -> str | None:
+        """Why a neighbour does not come back from the NaN or Inf among its inputs, with nothing else around; noted."""
+        for step in sequence.neighbours:
+            other = self.neighbours.targets[step.kernel]
+            if step.data is Data.FINITE or step.kernel == self.target.kernel.name:
+                continue
+            company = Company(
+                sequence=LaunchSequence(case=step.case, steps=(step,)),
+                neighbours={step.kernel: (other.kernel, other.source)},
+            )
+            outcome = self._run(self.runner, other, step.case, company)
+            if outcome.fatal and outcome.finding:
+                why = f"the neighbour {step.kernel} does not survive {step.data.value}: {outcome.finding.what}"
+                return self.neighbours.spoilt.setdefault((step.kernel, step.data), why)
         return None
 
     def _blamed_on_what_is_unmapped(self, outcome: Outcome, sequence: LaunchSequence) -> Outcome:
@@ -285,8 +303,7 @@ def _unchecked(state: _Company, cast: Cast | None) -> dict[str, str]:
         told["equality with a fresh worker"] = "there is no second worker with --kernel-isolation=inprocess"
     told |= {f"{kernel}: after {name}": "the worker died of it alone" for name in sorted(others.lethal)}
     told |= {f"{kernel}: after {name} with {data.value}": why for (name, data), why in others.spoilt.items()}
-    for name in sorted(cast.asserting):
-        told[f"{kernel}: after {name} with nan or inf"] = "it asserts on the device that its inputs are finite"
+    told |= {f"{kernel}: after {name} with nan or inf": why for name, why in cast.finite.items()}
     if state.aside and state.company_only:
         kinds = sorted({_verdict(outcome) for outcome in state.aside.values()})
         told[f"{kernel}: {len(state.aside)} of its cases in company"] = f"they fail alone: {'; '.join(kinds)}"

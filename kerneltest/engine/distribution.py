@@ -147,7 +147,7 @@ def hunt_distribution(
     assert draws is not None, "the caller checks that the operator draws"
     assert device is not None, "the caller checks that the worker has a device"
     wanted, seconds = profile.draws(device), profile.draw_seconds
-    portfolio = draws.cases(profile.size(device))
+    portfolio = tuple(filter(profile.wants, draws.cases(profile.size(device))))
     for number, case in enumerate(portfolio, 1):
         before = nothing_yet(target.kernel, case, runner.started, seed_value)
         if store.full(before):

@@ -199,7 +199,7 @@ def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> T
     """
     state = _Hunt(target, runner, profile)
     operator, chase = target.kernel.operator, state.chase
-    strategy = guarded(operator.cases(profile.size(_device(runner))), runner.started)
+    strategy = guarded(operator.cases(profile.size(_device(runner))).filter(profile.wants), runner.started)
     draw(strategy, state.check, profile.cases, seed_value)
     for inputs in operator.inputs if chase.ran else ():
         missing = PORTFOLIO.get(inputs.name, 1) - sum(case.inputs == inputs.name for case in chase.ran)

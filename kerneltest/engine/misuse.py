@@ -114,7 +114,7 @@ class _Hunt:
                 modules.add(module)
 
         guard = Guard.NONE if started.no_guards else Guard.AFTER
-        cases = kernel.operator.cases(_small(self.profile.size(self.device)))
+        cases = kernel.operator.cases(_small(self.profile.size(self.device))).filter(self.profile.wants)
         draw(
             cases.map(lambda case: replace(case, relation="", guard=guard)),
             collect,

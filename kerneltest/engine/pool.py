@@ -30,6 +30,8 @@ START_DEADLINE = 300.0
 # A device that was there may be busy with its recovery from what a kernel did to it, or be gone for good.
 TIMES_TO_OPEN, SECONDS_BETWEEN = 3, 10.0
 STDERR_LINES = 12
+# How much longer than the first time it may take to load what is compiled, on a machine that is busier by then.
+SLOWER = 3
 LAST_WORDS_SECONDS = 0.2
 # How faulthandler begins what it writes; the innermost frame comes first.
 TRACE_STARTS = ("Fatal Python error", "Current thread", "Stack (most recent call first)")
@@ -178,6 +180,9 @@ class WorkerPool:
         self._started: Started | None = None
         # A case of each specialisation that passed, as its message.
         self._passed: dict[tuple[str, str], Any] = {}
+        # Seconds until each specialisation first gave an answer, and until the first worker gave its first one.
+        self._took: dict[tuple[str, str], float] = {}
+        self._opening = 0.0
         self.deaths = 0
 
     @property
@@ -192,19 +197,19 @@ class WorkerPool:
         """Do a job; a death of the worker is an outcome like any other. Raises :class:`WorkerFailed`.
 
         ``cold`` is the deadline in seconds where something may have to be compiled first, ``deadline`` that of a warm
-        worker. After a death a case that passed before is run again first: otherwise every new worker would
-        allow the next hang the time of a compiler.
+        worker. A new worker has the time that its modules took when they were compiled, and after a death a case that
+        passed before is run again first: otherwise every new worker would allow the next hang the time of a compiler.
         """
         module, modules = job.module, job.modules
         worker = self._ready()
         if module not in worker.warm and module in self._passed:
-            if isinstance(worker.ask(self._passed[module], cold), Death):
+            if isinstance(worker.ask(self._passed[module], self._patience(worker, {module}, deadline, cold)), Death):
                 self._replace()
                 worker = self._ready()
             else:
                 worker.warm.add(module)
         begun = time.monotonic()
-        answer = worker.ask(job.message, deadline if modules <= worker.warm else cold)
+        answer = worker.ask(job.message, self._patience(worker, modules, deadline, cold))
         if isinstance(answer, Death):
             self._replace()
             if answer.returncode == NOT_THE_KERNELS:
@@ -215,6 +220,7 @@ class WorkerPool:
             )
         outcome = decode(Outcome, answer)
         if outcome.launches:  # a case that was refused has compiled nothing
+            self._note(modules, time.monotonic() - begun)
             worker.warm |= modules
         if outcome.status is Status.PASSED and job.series is None:  # a single launch of it may be too large a case
             self._passed.setdefault(module, job.bare.message)
@@ -222,6 +228,19 @@ class WorkerPool:
             worker.kill()
             self._replace()
         return outcome
+
+    def _patience(self, worker: _Process, modules: set[tuple[str, str]], deadline: float, cold: float) -> float:
+        """How long an answer may take: the time of a compiler for nothing that any worker has compiled before."""
+        missing = modules - worker.warm
+        if missing - self._took.keys():
+            return cold
+        loading = sum(self._took[module] for module in missing) + (0.0 if worker.warm else self._opening)
+        return min(cold, deadline + SLOWER * loading) if missing else deadline
+
+    def _note(self, modules: set[tuple[str, str]], seconds: float) -> None:
+        self._opening = self._opening or seconds
+        new = modules - self._took.keys()
+        self._took |= dict.fromkeys(new, seconds / len(new) if new else 0.0)
 
     def close(self) -> None:
         for process in (self._worker, *self._spares):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from kerneltest.model import Device, Size
+from kerneltest.model import Case, Device, Operator, Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class Profile:
     kernel are called wrongly in every way there is; ``cpu_misuse_seconds``, ``cuda_misuse_seconds``: the time after
     which no other way is begun.
     ``cpu_draws``, ``cuda_draws``: of each distribution that a sampler is tried with, in ``draw_seconds`` at most.
+    ``only``: axes and the one value of each that cases under test have.
     """
 
     name: str
@@ -41,6 +43,15 @@ class Profile:
     cpu_draws: int = 200_000
     cuda_draws: int = 4_000_000
     draw_seconds: float = 20.0
+    only: tuple[tuple[str, Any], ...] = ()
+
+    def concerns(self, operator: Operator) -> bool:
+        """Whether the operator has the axes that ``only`` names."""
+        return {name for name, _ in self.only} <= {axis.name for axis in fields(operator.axes)}
+
+    def wants(self, case: Case[Any]) -> bool:
+        """Whether a case of an operator that it concerns has the values that ``only`` names."""
+        return all(getattr(case.axes, name) == value for name, value in self.only)
 
     def size(self, device: Device) -> Size:
         return self.cuda if device.kind == "cuda" else self.cpu

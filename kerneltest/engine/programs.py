@@ -105,7 +105,7 @@ def _makers(cast: Cast, ledger: Ledger) -> dict[str, Callable[[Case[Any]], Searc
         )
 
     def launched(name: str) -> SearchStrategy[Neighbour]:
-        given = st.just(Data.FINITE) if name in cast.asserting else data
+        given = st.just(Data.FINITE) if name in cast.finite else data
         return st.builds(Neighbour, kernel=st.just(name), case=st.sampled_from(cast.neighbours[name]), data=given)
 
     def neighbour(_case: Case[Any]) -> SearchStrategy[Neighbour]:

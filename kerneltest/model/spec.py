@@ -255,8 +255,9 @@ class LaunchContract:
     cannot be taken around this case, or None. ``trusts``: the kinds of bad input
     (:data:`~kerneltest.model.misuse.KINDS`) that the kernel leaves to its caller, each with the reason. ``overwrites``:
     inputs that the launch first copies into an output, since the library changes them in place. What is wrong with
-    their form ends with the copy; the same is done to the output. ``asserts``: whether the device asserts that inputs
-    are finite, which ends its context: as a neighbour the kernel is given no others.
+    their form ends with the copy; the same is done to the output. ``needs_finite``: why a launch does not come back if
+    there is NaN or Inf among its inputs, as where the device asserts that there is none; "" if it does. As a neighbour
+    the kernel is then given neither.
 
     Raises ValueError for a kind of bad input that is none.
     """
@@ -269,7 +270,7 @@ class LaunchContract:
     refuses: Callable[[str, Case[Any], Device], str | None] = _takes_all
     trusts: Mapping[str, str] = field(default_factory=dict)
     overwrites: tuple[str, ...] = ()
-    asserts: bool = False
+    needs_finite: str = ""
 
     def __post_init__(self) -> None:
         for kind in self.trusts:

@@ -170,9 +170,8 @@ def _unscaled(axes: PagedDecode | DenseAttention) -> Any:
 
 def unsupported(*, tensor_cores: bool) -> Callable[[Case[Any], Device], str | None]:
     """Told by what the imported release offers, not by its number."""
-    known = ["window_left", "softcap", "alibi", "kv_dtype", "scales", "layout", "strided_q", "disable_split_kv"]
-    if tensor_cores:
-        known.append("fixed_split_size")
+    known = {"window_left", "softcap", "alibi", "kv_dtype", "scales", "layout", "strided_q"}
+    known |= {"return_lse", "disable_split_kv"} | ({"fixed_split_size"} if tensor_cores else set())
 
     def reason(case: Case[Any], device: Device) -> str | None:
         axes = case.axes

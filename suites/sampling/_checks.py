@@ -14,8 +14,9 @@ from ._axes import Rows
 if TYPE_CHECKING:
     import torch
 
-# torch.multinomial asserts on the device that weights are finite and not negative (MultinomialKernel.cu).
-BY_MULTINOMIAL = LaunchContract(asserts=True)
+BY_MULTINOMIAL = LaunchContract(
+    needs_finite="torch.multinomial asserts on the device that weights are finite (MultinomialKernel.cu)"
+)
 Launch = Callable[[Call], Mapping[str, "torch.Tensor"]]
 
 

@@ -38,6 +38,8 @@ RADIX_FROM = 2048
 # The search among fewer tokens ends when the two values left are neighbours (nextafterf, sampling.cuh:1822), and then
 # keeps both: it does not tell apart what is one unit in the last place apart.
 NEIGHBOURS = 2.0**-22
+# With an Inf above it, its upper border stays Inf, and the search does not end (the same line): the device hangs.
+NO_END = "the search of top_p_renorm_probs for its border does not end with Inf (sampling.cuh:1822)"
 # Ties by index are made by one of its algorithms alone, which has room for so many (FILTERED_TOPK_MAX_K,
 # topk.cuh:2507).
 MOST_BY_INDEX = 2048
@@ -164,7 +166,7 @@ def _top_p(name: str, *, deterministic: bool) -> Any:
         numerics=partial(top_p_semantics, deterministic=deterministic),
         unsupported=refusal("top_p_renorm_probs", "is_deterministic"),
         deterministic=deterministic,
-        contract=OF_PROBABILITIES,
+        contract=replace(OF_PROBABILITIES, needs_finite=NO_END),
     )
 
 

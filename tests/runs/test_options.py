@@ -94,6 +94,10 @@ REFUSED = {
         "--kernel-library==somewhere",
         "--kernel-library: expected NAME=FOLDER, got '=somewhere'",
     ),
+    "axis without a value": (
+        "--kernel-only=alibi",
+        "--kernel-only: expected AXIS=VALUE, got 'alibi'",
+    ),
     "folder without the package": (
         "--kernel-library=flashinfer=somewhere",
         "--kernel-library: {root}/somewhere holds no package 'flashinfer'",
@@ -153,6 +157,19 @@ def test_suites_are_chosen_by_name(project: Project) -> None:
     one, two = collect(project, ["--kernel-suite=mine"], ["--kernel-suite=other,mine"])
     assert one == OWN[:2]
     assert sorted(two) == OWN
+
+
+def test_a_value_of_an_axis_selects_the_kernels_that_have_it(project: Project) -> None:
+    everything, pages, none = project.pytest_each(
+        *(
+            ["--collect-only", "-q", "--kernel-suite=attention,sampling", "--kernel-sequences=0", *more]
+            for more in ([], ["--kernel-only=page_size=16,dtype=bfloat16"], ["--kernel-only=nonsense=1"])
+        )
+    )
+    assert any("page" not in name for name in everything.node_ids)
+    assert 0 < len(pages.node_ids) < len(everything.node_ids)
+    assert all("page" in name for name in pages.node_ids)
+    assert (none.code, none.node_ids) == (pytest.ExitCode.NO_TESTS_COLLECTED, [])
 
 
 def test_every_kernel_has_a_hunt_of_sequences_and_one_on_bad_input_too(project: Project) -> None:

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kerneltest import discovery
 from kerneltest.engine.job import Job
-from kerneltest.engine.pool import WorkerFailed, WorkerPool, threads
+from kerneltest.engine.pool import SLOWER, WorkerFailed, WorkerPool, threads
 from kerneltest.model import Outcome, Start, Started, Status, encode
 from kerneltest.model.messages import NOT_THE_KERNELS
 from kerneltest.worker.__main__ import serve
@@ -195,6 +196,26 @@ def test_a_new_worker_does_not_get_the_time_of_a_compiler_for_what_has_run_befor
     assert again.finding is not None
     assert again.finding.kind == "Hung"
     assert again.seconds < 20 * DEADLINE < COLD
+
+
+def test_only_what_no_worker_has_run_gets_the_time_of_a_compiler() -> None:
+    """Kernels beside the one under test are loaded by a new worker as well, and one of them may be what hangs."""
+    pool = WorkerPool(Start(device="cpu", suite_roots=(), libraries=()), {})
+    own, other = ("own", ""), ("other", "")
+
+    def patience(modules: set[tuple[str, str]], *warm: tuple[str, str]) -> float:
+        worker: Any = SimpleNamespace(warm=set(warm))
+        return pool._patience(worker, modules, deadline=1.0, cold=100.0)
+
+    assert patience({own}) == 100.0
+    pool._note({own}, 2.0)
+    pool._note({own, other}, 5.0)
+    assert patience({own}, own) == 1.0
+    assert patience({own, other}, own) == 1.0 + SLOWER * 5.0
+    assert patience({own, other}) == 1.0 + SLOWER * (2.0 + 5.0 + 2.0)  # a new worker, which imports as the first did
+    assert patience({own, other, ("third", "")}, own) == 100.0
+    pool._note({("slow", "")}, 90.0)
+    assert patience({("slow", "")}, own) == 100.0
 
 
 def test_a_refused_case_has_compiled_nothing(pooled: Pooled) -> None:

@@ -101,6 +101,8 @@ class Runner:
         self.played: list[Company] = []
         self.guarded: list[str] = []
         self.lethal: Callable[[str], bool] = lambda name: False
+        self.by_itself: list[LaunchSequence] = []
+        self.ends_with: Callable[[LaunchSequence], bool] = lambda sequence: False
         self.started = Started(
             device=CPU, torch_ops=OPERATIONS, no_guards=None if guards else "by rule", no_steps={"load": "by rule"}
         )
@@ -114,7 +116,10 @@ class Runner:
             if self.lethal(kernel.name):
                 return dead(kernel)
             return Outcome(status=Status.PASSED, launches=1, digest=f"{self.name} {case.id}")
-        assert kernel.name == TARGET.kernel.name
+        if kernel.name != TARGET.kernel.name:  # what its data do to a neighbour, after itself
+            assert [(step.kernel, step.case) for step in company.sequence.neighbours] == [(kernel.name, case)]
+            self.by_itself.append(company.sequence)
+            return dead(kernel) if self.ends_with(company.sequence) else Outcome(status=Status.PASSED, launches=3)
         assert {step.kernel for step in company.sequence.neighbours} == set(company.neighbours)
         self.played.append(company)
         self.guarded += [guarded] if guarded else []
@@ -376,6 +381,19 @@ def test_what_a_neighbour_does_not_survive_is_not_asked_twice() -> None:
     assert unchecked(trail) == {"rule: after two with nan": "the neighbour two does not survive nan"}
 
 
+def test_a_neighbour_that_its_data_end_is_to_blame_and_not_the_kernel() -> None:
+    """It hangs on NaN wherever it is launched; nobody but it is asked to prove that, and once."""
+    runner = Runner(lambda s: "dead" if has(s, Neighbour, kernel="two", data=Data.NAN) else None)
+    runner.ends_with = lambda sequence: has(sequence, Neighbour, kernel="two", data=Data.NAN)
+    trail = hunted(runner, profile=replace(PROFILE, cpu_sequences=200), kinds=("neighbour",))
+    assert trail.caught is None
+    asked = [step.data for sequence in runner.by_itself for step in sequence.neighbours if step.kernel == "two"]
+    assert asked.count(Data.NAN) == 1
+    why = "the neighbour two does not survive nan: the worker process died"
+    assert trail.unsupported[why] > 1
+    assert unchecked(trail) == {"rule: after two with nan": why}
+
+
 def spoilt(sequence: LaunchSequence) -> int:
     return sum(step.data is not Data.FINITE for step in sequence.neighbours)
 
@@ -443,13 +461,14 @@ def test_a_death_beside_far_pages_stays_a_crash() -> None:
 # --- what is drawn
 
 
-def test_a_neighbour_that_asserts_is_given_finite_inputs_alone() -> None:
-    one = replace(NEIGHBOURS["one"], kernel=replace(NEIGHBOURS["one"].kernel, contract=LaunchContract(asserts=True)))
+def test_a_neighbour_that_needs_finite_inputs_is_given_no_others() -> None:
+    contract = LaunchContract(needs_finite="its loop has no end")
+    one = replace(NEIGHBOURS["one"], kernel=replace(NEIGHBOURS["one"].kernel, contract=contract))
     runner, neighbours = Runner(), Neighbours(targets={**NEIGHBOURS, "one": one}, seed=1)
     trail = hunt_sequences(TARGET, neighbours, runner, None, PROFILE, 1, ("neighbour",))
     given = {(step.kernel, step.data) for sequence in runner.sequences for step in sequence.neighbours}
     assert given == {("one", Data.FINITE), *(("two", data) for data in Data)}
-    assert "rule: after one with nan or inf" in {item.what for item in trail.unchecked}
+    assert {item.what: item.why for item in trail.unchecked}["rule: after one with nan or inf"] == contract.needs_finite
 
 
 def test_a_kind_of_step_that_is_refused_is_not_drawn_again() -> None:

@@ -117,6 +117,12 @@ def test_it_is_said_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, name: st
     assert [options["pos_encoding_mode"] for options in said] == ["ALIBI", "NONE"]
 
 
+@pytest.mark.parametrize("kernel", [*FA2.values(), ragged.ragged_fa3, ragged.single_fa3], ids=lambda one: one.name)
+def test_a_call_without_a_log_sum_exp_is_nothing_special(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    library(monkeypatch, knows=True)
+    assert kernel.unsupported(of(kernel, return_lse=False), H200) is None
+
+
 @pytest.mark.parametrize("name", FA2)
 def test_a_release_without_it_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     kernel = FA2[name]
