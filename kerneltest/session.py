@@ -150,8 +150,8 @@ class Session:
         target = replace(target, peers=self._peers(kernel))
         trail = hunt(target, self.runner, self.options.profile, self._seed(kernel))
         if not trail.cases and self.options.profile.only:
-            why = Unchecked(what=kernel.name, why="it supports none of the few cases that --kernel-only leaves")
-            return self._record(suite, kernel, trail, unchecked=(why,)), None
+            why = f"it supports none of the cases that --kernel-only leaves: {_commonest(trail.unsupported)}"
+            return self._record(suite, kernel, trail, unchecked=(Unchecked(what=kernel.name, why=why),)), None
         if not trail.cases:
             finding = Finding(kind="NothingChecked", kernel=kernel.name, key="", what="no drawn case is supported")
             failure: Failure = NothingChecked(finding, nothing_checked_text(kernel.name, trail, started))
@@ -329,6 +329,10 @@ class Session:
         if self.options.device != "auto":
             words.append(f"--kernel-device={self.options.device}")
         return shlex.join(words)
+
+
+def _commonest(unsupported: Mapping[str, int]) -> str:
+    return max(unsupported, key=lambda reason: unsupported[reason], default="none was drawn")
 
 
 def _vacuous(record: KernelRecord, wide: Collection[str]) -> Finding | None:

@@ -87,13 +87,14 @@ def assemble(
     started = runner.started
     device = started.device
     assert device is not None, "the caller checks that the worker has a device"
-    cases = _playable(alone, quiet or runner, target, profile, profile.victims, seed_value)
+    enough = profile.victims // 2
+    cases = _playable(alone, quiet or runner, target, profile, profile.victims, seed_value, enough)
     others: dict[str, tuple[Case[Any], ...]] = {}
     if cases and Neighbour.kind in kinds:
         for name, other in neighbours.targets.items():
             if name not in neighbours.right:
                 any_case = replace(profile, only=())
-                playable = _playable(alone, runner, other, any_case, NEIGHBOUR_CASES, neighbours.seed)
+                playable = _playable(alone, runner, other, any_case, NEIGHBOUR_CASES, neighbours.seed, enough=1)
                 neighbours.right[name] = tuple(case for case, digest in playable.items() if digest)
             if neighbours.right[name]:
                 others[name] = neighbours.right[name]
@@ -112,9 +113,11 @@ def assemble(
 
 
 def _playable(
-    alone: Alone, runner: Runner, target: Target, profile: Profile, wanted: int, seed_value: int
+    alone: Alone, runner: Runner, target: Target, profile: Profile, wanted: int, seed_value: int, enough: int
 ) -> dict[Case[Any], str | None]:
     """Up to ``wanted`` cases that the kernel takes, of few specialisations, simplest first; with their digests.
+
+    A specialisation of which fewer than ``enough`` are drawn is passed over, if there is another.
 
     One that fails alone has no digest. It stays: that is found, too, and needs no step. One that ends the worker is the
     last that is asked for: the next might as well, and each takes a new worker.
@@ -122,7 +125,7 @@ def _playable(
     started = runner.started
     found: dict[Case[Any], str | None] = {}
     modules = profile.modules
-    for cases in _by_specialisation(target, profile, started, wanted, seed_value):
+    for cases in _by_specialisation(target, profile, started, wanted, seed_value, enough):
         # The places that are left are shared by the specialisations that are.
         share = len(found) + (-(-(wanted - len(found)) // modules) if modules else 0)
         before = len(found)
@@ -139,11 +142,12 @@ def _playable(
 
 
 def _by_specialisation(
-    target: Target, profile: Profile, started: Started, wanted: int, seed_value: int
+    target: Target, profile: Profile, started: Started, wanted: int, seed_value: int, enough: int
 ) -> list[list[Case[Any]]]:
     """Drawn cases of each specialisation: first those with enough of them, as they were drawn, then by their number.
 
-    The first one that is drawn is the plainest. Of some there are one or two cases, which are no company to look at.
+    The first one that is drawn is the plainest, and the likeliest to be compiled already. Of some there are one or two
+    cases: little to look at in a kernel under test, but enough of a neighbour.
     """
     drawn: dict[str, list[Case[Any]]] = {}
 
@@ -155,7 +159,7 @@ def _by_specialisation(
     assert started.device is not None
     strategy = guarded(target.kernel.operator.cases(profile.size(started.device)).filter(profile.wants), started)
     draw(strategy.map(lambda case: replace(case, relation="")), collect, DRAWN_FOR_EACH * wanted, seed_value)
-    return sorted(drawn.values(), key=lambda cases: -min(len(cases), wanted // 2))
+    return sorted(drawn.values(), key=lambda cases: -min(len(cases), enough))
 
 
 def _sorted(cases: Mapping[Case[Any], str | None]) -> dict[Case[Any], str | None]:

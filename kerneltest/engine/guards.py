@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # The simplest comes first; one in four keeps the allocator's own layout.
 DRAWN = (Guard.NONE, Guard.AFTER, Guard.BEFORE, Guard.AFTER)
+# Deaths of which no page is the cause: a division by zero, an instruction that is none.
+NO_PAGES_DOING = ("signal SIGFPE", "signal SIGILL")
 
 
 def guarded(cases: SearchStrategy[Case[Any]], started: Started) -> SearchStrategy[Case[Any]]:
@@ -33,7 +35,9 @@ def blamed_on_the_guard(
     worker each time.
     """
     finding = outcome.finding
-    if finding is None or not outcome.fatal or case.guard is Guard.NONE or finding.kind == "Hung":
+    if finding is None or not outcome.fatal or case.guard is Guard.NONE:
+        return outcome
+    if finding.kind == "Hung" or finding.key in NO_PAGES_DOING:
         return outcome
     if prey is None or prey.kind not in ("Crashed", "OutOfBounds"):
         beyond = not ask(replace(case, guard=Guard.NONE)).fatal

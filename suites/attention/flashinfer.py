@@ -159,7 +159,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     options: dict[str, Any] = {**outputs, "return_lse": axes.return_lse}
     options |= {name: getattr(axes, name) for name in ("k_scale", "v_scale") if getattr(axes, name) != 1.0}
     if call.pdl:
-        if "enable_pdl" not in parameters(WRAPPER, "run"):
+        if not takes(WRAPPER, "run", "enable_pdl"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
     return named(axes.return_lse, call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options))
@@ -263,20 +263,23 @@ def specialisation(case: Case[PagedPrefill]) -> str:
 
 def lacking_parameters(name: str, method: str, wanted: Set[str]) -> str | None:
     """Which of these parameters the imported release's function or method has not, or None."""
-    if wanted and (missing := wanted - parameters(name, method)):
-        return f"this release's {method or name}() has no parameter {', '.join(sorted(missing))}"
-    return None
+    missing = sorted(parameter for parameter in wanted if not takes(name, method, parameter))
+    return f"this release's {method or name}() has no parameter {', '.join(missing)}" if missing else None
 
 
 @cache
-def parameters(name: str, method: str = "") -> frozenset[str]:
-    """Those of a function of FlashInfer's, or of a method of one of its classes."""
+def takes(name: str, method: str, parameter: str) -> bool:
+    """Whether a function of FlashInfer's, or a method of one of its classes, has the parameter.
+
+    One that takes any by name, as the ``plan`` of decode does, says so itself if it knows it not.
+    """
     import inspect
 
     import flashinfer
 
     named = getattr(flashinfer, name)
-    return frozenset(inspect.signature(getattr(named, method) if method else named).parameters)
+    given = inspect.signature(getattr(named, method) if method else named).parameters
+    return parameter in given or any(one.kind is one.VAR_KEYWORD for one in given.values())
 
 
 # One workspace for several wrappers is what FlashInfer's documentation recommends; a graph is planned for the longest

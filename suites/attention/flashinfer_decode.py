@@ -100,7 +100,7 @@ def launch(call: Call) -> Mapping[str, torch.Tensor]:
     if (axes.k_scale, axes.v_scale) != (1.0, 1.0):
         options |= {"k_scale": axes.k_scale, "v_scale": axes.v_scale}
     if call.pdl:
-        if "enable_pdl" not in paged.parameters(WRAPPER, "run"):
+        if not paged.takes(WRAPPER, "run", "enable_pdl"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
     return paged.named(axes.return_lse, call.plan.run(queries(axes, x), (x["k_pages"], x["v_pages"]), **options))

@@ -87,7 +87,7 @@ def launch(call: Call) -> Mapping[str, torch.Tensor]:
     x, with_lse = call.inputs, call.case.axes.return_lse
     options: dict[str, Any] = {**call.outputs, "return_lse": with_lse}
     if call.pdl:
-        if "enable_pdl" not in paged.parameters(WRAPPER, "run"):
+        if not paged.takes(WRAPPER, "run", "enable_pdl"):
             raise Unsupported("this release's run() has no parameter enable_pdl")
         options["enable_pdl"] = True
     return paged.named(with_lse, call.plan.run(x["q"], x["k"], x["v"], **options))

@@ -119,7 +119,8 @@ def _kernel(backend: str) -> Kernel:
         unsupported=unsupported(backend),
         inexact={"value_scale": "partial outputs of split keys in fp16 may be subnormal, and then have fewer digits"},
         specialisation=specialisation,
-        contract=LaunchContract(replans=True, shares_workspace=True, captured="values", pdl=True),
+        # A graph keeps the plan, and the plan the blocks and the mask of one case: other values have others.
+        contract=LaunchContract(replans=True, shares_workspace=True, pdl=True),
         devices=("cuda",),
         library="flashinfer",
         min_sm=(9, 0) if backend == "fa3" else (8, 0),

@@ -80,6 +80,7 @@ def test_the_first_specialisation_plays_where_it_has_enough_cases() -> None:
 def test_one_with_a_case_or_two_leaves_the_stage_to_another() -> None:
     found = cast({"plain": 1, "common": 40})
     assert dtypes(found.cases) == ["common"] * PROFILE.victims
+    assert set(dtypes(found.neighbours["other"])) == {"plain"}  # for which another module would be compiled
 
 
 @pytest.mark.parametrize("refused", ["plain", "commoner"])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import BATCH, hunt_sequences, replay_sequence
+from kerneltest.engine.guards import blamed_on_the_guard
 from kerneltest.engine.hunt import Caught, Target, Trail
 from kerneltest.engine.job import Company, Job
 from kerneltest.engine.profile import PROFILES
@@ -442,6 +443,19 @@ def test_a_death_that_takes_no_guard_page_stays_a_crash() -> None:
     found, minimal = caught(Runner(lambda s: "dead" if has(s, EmptyCache) else None, guards=True, guilty="q"))
     assert (found.finding.kind, found.finding.culprit) == ("Crashed", None)
     assert minimal.case.guard is Guard.NONE
+
+
+@pytest.mark.parametrize("signal", ["SIGFPE", "SIGILL"])
+def test_no_guard_page_divides_by_zero(signal: str) -> None:
+    key = f"signal {signal}"
+    finding = Finding(kind="Crashed", kernel="rule", key=key, what=f"the worker process died: {key}")
+    outcome, guarded = (
+        Outcome(status=Status.FAILED, finding=finding, fatal=True),
+        replace(case((1, 3)), guard=Guard.AFTER),
+    )
+    out_of_bounds = replace(finding, kind="OutOfBounds")
+    for prey in (None, out_of_bounds):
+        assert blamed_on_the_guard(outcome, guarded, prey, lambda case: Outcome(status=Status.PASSED)) is outcome
 
 
 def test_a_death_that_takes_far_pages_is_out_of_bounds() -> None:

@@ -116,7 +116,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("flashinfer")
     module.BatchPrefillWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", module)
-    adapter.parameters.cache_clear()
+    adapter.takes.cache_clear()
     return module
 
 

@@ -84,14 +84,14 @@ def library(monkeypatch: pytest.MonkeyPatch, *, knows: bool) -> Said:
     for name in ("single_prefill_with_kv_cache", "single_decode_with_kv_cache"):
         setattr(module, name, single)
     monkeypatch.setitem(sys.modules, "flashinfer", module)
-    paged.parameters.cache_clear()
+    paged.takes.cache_clear()
     return said
 
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Any:
     yield
-    paged.parameters.cache_clear()
+    paged.takes.cache_clear()
 
 
 def launch(kernel: Kernel, case: Case[Any]) -> None:
@@ -131,6 +131,21 @@ def test_a_release_without_it_is_refused(monkeypatch: pytest.MonkeyPatch, name: 
     assert reason is not None
     assert reason.endswith("has no parameter pos_encoding_mode")
     assert kernel.unsupported(of(kernel), H200) is None
+
+
+def test_a_plan_that_takes_any_parameter_by_name_is_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of decode does, from the releases on that have deprecated some."""
+    said = library(monkeypatch, knows=False)
+
+    def plan(self: Any, *args: Any, **options: Any) -> None:
+        said.append(options)
+
+    monkeypatch.setattr(sys.modules["flashinfer"].BatchDecodeWithPagedKVCacheWrapper, "plan", plan)
+    for kernel in (decode.paged_cuda_cores, decode.paged_tensor_cores):
+        asked = of(kernel, alibi=True)
+        assert kernel.unsupported(asked, H200) is None
+        launch(kernel, asked)
+    assert [options["pos_encoding_mode"] for options in said] == ["ALIBI", "ALIBI"]
 
 
 @pytest.mark.parametrize("kernel", [ragged.ragged_fa3, ragged.single_fa3])
