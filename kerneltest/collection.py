@@ -17,9 +17,11 @@ from kerneltest import discovery
 from kerneltest.engine import repro
 from kerneltest.engine.evidence import BadEvidence
 from kerneltest.engine.hunt import Target
+from kerneltest.engine.kept import BadKept
 from kerneltest.engine.pool import WorkerFailed
 from kerneltest.engine.profile import PROFILES
 from kerneltest.model import Case, Conclusion, Drawn, Failure, KernelRecord, LaunchSequence, Misused, encode
+from kerneltest.model.record import TITLES, Hunted
 from kerneltest.model.sequence import STEPS
 from kerneltest.session import Options, Session
 
@@ -95,14 +97,16 @@ class SuiteFile(pytest.File):
         for kernel in kernels.values():
             if not profile.concerns(kernel.operator):
                 continue
-            target = Target(kernel=kernel, source=self.path)
-            yield KernelItem.from_parent(self, name=kernel.name, suite=suite, target=target)
-            if profile.cuda_sequences:
-                yield SequencesItem.from_parent(self, name=f"{kernel.name}-in-company", suite=suite, target=target)
-            if profile.misused:
-                yield MisuseItem.from_parent(self, name=f"{kernel.name}-on-bad-input", suite=suite, target=target)
-            if profile.cuda_draws and kernel.operator.draws:
-                yield DistributionItem.from_parent(self, name=f"{kernel.name}-distribution", suite=suite, target=target)
+            asked: dict[Hunted, Any] = {
+                "cases": True,
+                "sequences": profile.cuda_sequences,
+                "misuse": profile.misused,
+                "distribution": profile.cuda_draws and kernel.operator.draws,
+            }
+            for hunted in (hunted for hunted, wanted in asked.items() if wanted):
+                name = kernel.name + TITLES[hunted].replace(" ", "-")
+                target = Target(kernel=kernel, source=self.path)
+                yield KernelItem.from_parent(self, name=name, suite=suite, target=target, hunted=hunted)
 
 
 def put_bad_input_last(items: list[pytest.Item]) -> None:
@@ -111,7 +115,7 @@ def put_bad_input_last(items: list[pytest.Item]) -> None:
     A GPU whose contexts are lost by the dozen can be busy with that for minutes, or be gone: nothing else should wait
     for it, or be lost with it.
     """
-    items.sort(key=lambda item: isinstance(item, MisuseItem))
+    items.sort(key=lambda item: isinstance(item, KernelItem) and item.hunted == "misuse")
 
 
 class RecordedItem(pytest.Item):
@@ -128,7 +132,7 @@ class RecordedItem(pytest.Item):
             pytest.skip("; ".join(unchecked.why for unchecked in record.unchecked))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, (Failure, WorkerFailed, BrokenFile, BadEvidence)):
+        if isinstance(excinfo.value, (Failure, WorkerFailed, BrokenFile, BadEvidence, BadKept)):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
@@ -138,35 +142,14 @@ class RecordedItem(pytest.Item):
 
 
 class KernelItem(RecordedItem):
-    """One kernel's hunt."""
+    """One hunt of one kernel."""
 
-    def __init__(self, *, suite: str, target: Target, **kwargs: Any) -> None:
+    def __init__(self, *, suite: str, target: Target, hunted: Hunted, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.suite, self.target = suite, target
+        self.suite, self.target, self.hunted = suite, target, hunted
 
     def runtest(self) -> None:
-        self.conclude(*start(self.config).hunt(self.suite, self.target))
-
-
-class SequencesItem(KernelItem):
-    """The hunt of one kernel in the company of others."""
-
-    def runtest(self) -> None:
-        self.conclude(*start(self.config).hunt_sequences(self.suite, self.target))
-
-
-class MisuseItem(KernelItem):
-    """The hunt of one kernel on bad input."""
-
-    def runtest(self) -> None:
-        self.conclude(*start(self.config).hunt_misuse(self.suite, self.target))
-
-
-class DistributionItem(KernelItem):
-    """The hunt of one sampler by what it draws."""
-
-    def runtest(self) -> None:
-        self.conclude(*start(self.config).hunt_distribution(self.suite, self.target))
+        self.conclude(*start(self.config).hunt(self.hunted, self.suite, self.target))
 
 
 class FixtureFile(pytest.File):
@@ -266,6 +249,8 @@ def _options(config: pytest.Config) -> Options:
         raise pytest.UsageError(
             f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"
         )
+    if option.kernel_continue and option.kernel_seed is None:
+        raise pytest.UsageError("--kernel-continue: needs --kernel-seed, or the rest of the run would draw other cases")
     if option.kernel_seed is None:
         # Written back for the report. A process of pytest-xdist gets its controller's: one run, one seed.
         given = getattr(config, "workerinput", {}).get(SEED)
@@ -284,6 +269,7 @@ def _options(config: pytest.Config) -> Options:
         evidence=Path(option.kernel_evidence or config.rootpath / ".kerneltest" / "evidence"),
         steps=tuple(kinds) or tuple(STEPS),
         trace=_trace(config),
+        kept=Path(option.kernel_continue) if option.kernel_continue else None,
     )
 
 

@@ -104,6 +104,13 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("--kernel-json", {"metavar": "PATH", "help": "a summary for machines; schema in docs/summary.md"}),
     (
+        "--kernel-continue",
+        {
+            "metavar": "FOLDER",
+            "help": "keep there what hunts end with, and hunt only what it lacks: for a run that may be cut off",
+        },
+    ),
+    (
         "--kernel-trace",
         {"metavar": "PATH", "help": "write all that workers are asked for, with its answer, as lines of JSON, at once"},
     ),

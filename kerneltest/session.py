@@ -17,6 +17,7 @@ from kerneltest.engine.company import hunt_sequences, replay_sequence
 from kerneltest.engine.distribution import DistributionTrail, hunt_distribution, replay_distribution
 from kerneltest.engine.evidence import Store
 from kerneltest.engine.hunt import Caught, Target, Trail, hunt, replay
+from kerneltest.engine.kept import Kept, Result, digest
 from kerneltest.engine.misuse import MisuseTrail, hunt_misuse, replay_misuse
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
 from kerneltest.engine.profile import Profile
@@ -72,6 +73,7 @@ class Options:
     evidence: Path
     steps: tuple[str, ...] = tuple(STEPS)
     trace: Path | None = None
+    kept: Path | None = None
 
 
 class Session:
@@ -142,8 +144,48 @@ class Session:
                 runner.close()
         self._runner = self._quiet = None
 
-    def hunt(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
-        """Hunt one kernel; the failure, if any, is written to ``fixtures`` as well."""
+    def hunt(self, hunted: Hunted, suite: str, target: Target) -> Result:
+        """Hunt one kernel, unless the run is continued and that had ended before.
+
+        Each failure is written to ``fixtures``; the one to be raised is returned. Raises
+        :class:`~kerneltest.engine.pool.WorkerFailed`, :class:`~kerneltest.engine.kept.BadKept` and, of draws,
+        :class:`~kerneltest.engine.evidence.BadEvidence`.
+        """
+        follow = {
+            "cases": self._hunt_cases,
+            "sequences": self._hunt_sequences,
+            "misuse": self._hunt_misuse,
+            "distribution": self._hunt_distribution,
+        }[hunted]
+        if self._kept is None:
+            return follow(suite, target)
+        title = f"{suite}: {target.kernel.name}{TITLES[hunted]}"
+        if (result := self._kept.load(title)) is None:
+            result = follow(suite, target)
+            self._kept.save(title, result)
+        return result
+
+    @cached_property
+    def _kept(self) -> Kept | None:
+        """The hunts that had ended, of a run in which all is the same that a result follows from."""
+        options = self.options
+        if options.kept is None:
+            return None
+        started = self.runner.started
+        run = {
+            "code": digest([Path(__file__).parent, *options.roots]),
+            "profile": repr(options.profile),
+            "seed": options.seed,
+            "steps": options.steps,
+            "isolation": options.isolation,
+            "libraries": {name: str(folder) for name, folder in options.libraries.items()},
+            "versions": started.libraries,
+            "device": encode(started.device),
+        }
+        return Kept(options.kept, run)
+
+    def _hunt_cases(self, suite: str, target: Target) -> Result:
+        """Case by case."""
         kernel, started = target.kernel, self.runner.started
         if reason := _unmet(kernel, started):
             return self._record(suite, kernel, unchecked=(Unchecked(what=kernel.name, why=reason),)), None
@@ -165,8 +207,8 @@ class Session:
         path = repro.write(self.options.fixtures, suite, trail.caught, started)
         return self._caught(suite, kernel, trail, path)
 
-    def hunt_sequences(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
-        """Hunt one kernel in the company of all others; the failure, if any, is written to ``fixtures`` as well."""
+    def _hunt_sequences(self, suite: str, target: Target) -> Result:
+        """In the company of all others."""
         profile, kinds, seed = self.options.profile, self.options.steps, self._seed(target.kernel)
 
         def follow(target: Target) -> Trail:
@@ -174,11 +216,8 @@ class Session:
 
         return self._follow(suite, target, "sequences", follow, "it ran none of the cases drawn for it alone")
 
-    def hunt_distribution(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
-        """Hunt one sampler by what it draws; the failure, if any, is written to ``fixtures`` as well.
-
-        Raises :class:`~kerneltest.engine.evidence.BadEvidence`.
-        """
+    def _hunt_distribution(self, suite: str, target: Target) -> Result:
+        """By what a sampler draws."""
         profile, store, seed = self.options.profile, Store(self.options.evidence), self._seed(target.kernel)
 
         def follow(target: Target) -> Trail:
@@ -201,10 +240,8 @@ class Session:
         unchecked = () if trail.cases else (Unchecked(what=what, why=nothing),)
         return self._record(suite, kernel, trail, unchecked=unchecked, hunt=hunt), None
 
-    def hunt_misuse(self, suite: str, target: Target) -> tuple[KernelRecord, Failure | None]:
-        """Hunt one kernel on bad input; every failure is written to ``fixtures`` as well, and the first is returned
-        with a text that lists all of them.
-        """
+    def _hunt_misuse(self, suite: str, target: Target) -> Result:
+        """On bad input; what is raised is the first failure, with a text that lists all of them."""
         kernel, options = target.kernel, self.options
         if reason := _unmet(kernel, self.runner.started):
             why = Unchecked(what=f"{kernel.name} on bad input", why=reason)

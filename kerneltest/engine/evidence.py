@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kerneltest.engine.files import write_whole
 from kerneltest.engine.repro import slug
 from kerneltest.model import Case, DecodeError, Evidence, Kernel, Started, decode, encode
 
@@ -74,18 +73,8 @@ class Store:
         return not self.path(evidence).exists() and sum(1 for _ in self.folder.glob("*/*.json")) >= MOST
 
     def save(self, evidence: Evidence) -> None:
-        """Write it in one step: whoever reads the file, finds the old evidence or the new one."""
-        path = self.path(evidence)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump({"schema": SCHEMA, "evidence": encode(evidence)}, file)
-                file.write("\n")
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink()
-            raise
+        """Write it to its place."""
+        write_whole(self.path(evidence), json.dumps({"schema": SCHEMA, "evidence": encode(evidence)}) + "\n")
 
 
 def nothing_yet(kernel: Kernel, case: Case[Any], started: Started, seed_value: int) -> Evidence:

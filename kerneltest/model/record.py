@@ -119,6 +119,7 @@ class KernelRecord:
     side ("poison > launch"), ``repeated`` the launches compared with the first of their kind, and those that differed.
     In a hunt of bad input ``cases`` holds the calls with something wrong, and ``misuses`` says what became of them.
     In one of distributions they are the configurations drawn from, and ``distributions`` has their figures.
+    ``kept``: when it ended, in UTC in ISO 8601, if that was in an earlier part of a run that was continued; else "".
     """
 
     name: str
@@ -140,6 +141,7 @@ class KernelRecord:
     repeated: tuple[int, int] = (0, 0)
     misuses: MisuseTally | None = None
     distributions: tuple[DistributionRecord, ...] = ()
+    kept: str = ""
 
     @property
     def title(self) -> str:

@@ -150,7 +150,10 @@ def _lines(run: RunRecord) -> list[str]:
     for kernel in run.kernels:
         if kernel.verdict is Conclusion.UNCHECKED:
             continue  # has a line of its own below, with the reason
-        lines.append(f"{kernel.verdict.value:9} {kernel.title}: {OF[kernel.hunt](kernel)}, {kernel.seconds:.1f} s")
+        kept = f", kept from {kernel.kept}" if kernel.kept else ""
+        lines.append(
+            f"{kernel.verdict.value:9} {kernel.title}: {OF[kernel.hunt](kernel)}, {kernel.seconds:.1f} s{kept}"
+        )
     for place in run.coverage:
         if place.share is not None:
             lines.append(f"poison    {place.place.value}: {place.percent} proven ({place.note})")

@@ -53,6 +53,7 @@ def as_dict(run: RunRecord) -> dict[str, Any]:
                 "distribution": _distribution(kernel),
                 "verdict": kernel.verdict.value,
                 "seconds": round(kernel.seconds, 3),
+                "kept": kernel.kept,
             }
             for kernel in run.kernels
         ],

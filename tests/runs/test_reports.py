@@ -177,6 +177,7 @@ def test_json_summary_has_the_documented_keys(story: Story) -> None:
             "distribution",
             "verdict",
             "seconds",
+            "kept",
         )
     ]
     assert [list(kernel) for kernel in run["kernels"]] == [kernel_keys] * 3
