@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,15 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedPrefill]]:
         return replace(case, relation=relation.name) if relation and relation.applies(case) else case
 
     return draw_case()
+
+
+def of_kind(given: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """Drawn axes, of that kind. Of the options that are a module of their own one stays, with the common kind."""
+    plain = {name: PagedPrefill.__dataclass_fields__[name].default for name in COMPILED if name in given}
+    options = [name for name in plain if given[name] != plain[name]]
+    kind = COMMON if options else kind
+    named = {"dtype": kind.dtype, "head_dim": kind.head_dim, "head_dim_vo": kind.head_dim_vo}
+    return dict(given) | {name: plain[name] for name in options[1:]} | named
 
 
 # What belongs together in one step: one without the other may be no case, or no module that anybody has.

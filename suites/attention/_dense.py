@@ -25,7 +25,7 @@ from kerneltest.model import (
     Variant,
 )
 
-from ._cases import Kind
+from ._cases import Kind, of_kind
 from ._checks import require, require_number
 from .paged_prefill import PagedPrefill, Request, paged_prefill
 
@@ -109,7 +109,7 @@ class Layout:
 def dense_operator(
     name: str, layout: Layout, kinds: Mapping[Kind, int] | None = None, relations: Sequence[str] = RELATIONS
 ) -> Operator:
-    """An operator of that name. ``kinds``: how often each is drawn, and then without any option that needs a module of
+    """An operator of that name. ``kinds``: how often each is drawn, with no more than one option that needs a module of
     its own; None: kinds and options are those of paged prefill.
     """
 
@@ -294,8 +294,7 @@ def _cases(
             if field.name in PagedPrefill.__dataclass_fields__
         }
         if kind:
-            given |= {"window_left": -1, "softcap": 0.0, "alibi": False}
-            given |= {"dtype": kind.dtype, "head_dim": kind.head_dim, "head_dim_vo": kind.head_dim_vo}
+            given = of_kind(given, kind)
         if not layout.batched:
             given["requests"] = (next(request for request in drawn.axes.requests if request.qo_len),)
         if not layout.rows:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, Size
 
-from ._cases import COMMON, COMPILED, Kind, with_more_keys
-from .paged_prefill import PagedPrefill, Request, paged_prefill
+from ._cases import COMMON, Kind, of_kind, with_more_keys
+from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st
@@ -50,19 +50,6 @@ class PagedDecode(PagedPrefill):
                 raise ValueError(f"a decode has no {name}")
 
 
-PLAIN = PagedDecode(
-    requests=(Request(qo_len=1, kv_len=1),),
-    dtype=COMMON.dtype,
-    head_dim=COMMON.head_dim,
-    kv_heads=1,
-    group=1,
-    page_size=1,
-    causal=False,
-    shuffled=False,
-    spare_pages=0,
-)
-
-
 def cases(size: Size) -> st.SearchStrategy[Case[PagedDecode]]:
     """Those of ``paged_prefill`` with one query for each request."""
     from hypothesis import strategies as st
@@ -72,14 +59,9 @@ def cases(size: Size) -> st.SearchStrategy[Case[PagedDecode]]:
     def build(drawn: Case[PagedPrefill], kind: Kind) -> Case[PagedDecode]:
         given: dict[str, Any] = {field.name: getattr(drawn.axes, field.name) for field in fields(PagedPrefill)} | NEVER
         given["requests"] = tuple(replace(request, qo_len=1) for request in drawn.axes.requests)
-        given |= {"dtype": kind.dtype, "head_dim": kind.head_dim}
         if given["kv_dtype"] != "same":
             given["kv_dtype"] = "float8_e4m3fn"
-        # One such option at a time, and that with the common kind alone.
-        options = [name for name in COMPILED if given[name] != getattr(PLAIN, name)]
-        if options:
-            given |= {"dtype": COMMON.dtype, "head_dim": COMMON.head_dim}
-            given |= {name: getattr(PLAIN, name) for name in options[1:]}
+        given = of_kind(given, kind)
         if given["kv_dtype"] == "same":
             given |= {"k_scale": 1.0, "v_scale": 1.0}
         case = Case(operator="paged_decode", axes=PagedDecode(**given), inputs=drawn.inputs, seed=drawn.seed)
