@@ -87,7 +87,7 @@ def assemble(
     started = runner.started
     device = started.device
     assert device is not None, "the caller checks that the worker has a device"
-    enough = profile.victims // 2
+    enough = 2 * profile.victims // 3
     cases = _playable(alone, quiet or runner, target, profile, profile.victims, seed_value, enough)
     others: dict[str, tuple[Case[Any], ...]] = {}
     if cases and Neighbour.kind in kinds:

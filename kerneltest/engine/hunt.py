@@ -102,6 +102,8 @@ CONFIRMATIONS = 3
 FRESH_SEEDS = 3
 # The least number of cases of an input strategy, where one is not enough: what one kind of data hides, another shows.
 PORTFOLIO = {"generic": 2}
+# One in so many cases is bred for the share of the error budget that it uses.
+BRED = 4
 # A kernel of the same operator runs beside it in one of so many cases.
 PEER_EVERY = 4
 # Seconds that another kernel gets to compile and give its opinion of a failure.
@@ -200,7 +202,7 @@ def hunt(target: Target, runner: Runner, profile: Profile, seed_value: int) -> T
     state = _Hunt(target, runner, profile)
     operator, chase = target.kernel.operator, state.chase
     strategy = guarded(operator.cases(profile.size(_device(runner))).filter(profile.wants), runner.started)
-    draw(strategy, state.check, profile.cases, seed_value)
+    draw(strategy, state.check, profile.cases, seed_value, bred=profile.cases // BRED)
     for inputs in operator.inputs if chase.ran else ():
         missing = PORTFOLIO.get(inputs.name, 1) - sum(case.inputs == inputs.name for case in chase.ran)
         if missing > 0 and chase.minimal is None:

@@ -65,7 +65,7 @@ class _Hunt:
     trusted: Counter[str] = field(default_factory=Counter)
     known: int = 0
     late: int = 0
-    unlisted: int = 0
+    unlisted: set[Case[Any]] = field(default_factory=set)
 
     @property
     def device(self) -> Device:
@@ -104,7 +104,7 @@ class _Hunt:
             if case in asked or (module not in modules and len(modules) == self.profile.modules):
                 return
             if any(asked.values()) and time.monotonic() - self.begun > self.profile.misuse_seconds(self.device) / 2:
-                self.unlisted += 1  # those that kill their worker take long
+                self.unlisted.add(case)  # those that kill their worker take long
                 return
             outcome = self.ask(case, "list")
             asked[case] = outcome.misuses
@@ -207,7 +207,9 @@ class _Hunt:
             why = (
                 f"half of {self.profile.misuse_seconds(self.device):g} s were over before it was known what they offer"
             )
-            unchecked.append(Unchecked(what=f"{kernel.name}: bad input in further cases ({self.unlisted})", why=why))
+            unchecked.append(
+                Unchecked(what=f"{kernel.name}: bad input in further cases ({len(self.unlisted)})", why=why)
+            )
         found = tuple(self.found.values())
         return MisuseTrail(
             cases=tuple(_record(misused, outcome) for misused, outcome in self.outcomes.items()),

@@ -16,7 +16,7 @@ from kerneltest.engine.profile import PROFILES
 from kerneltest.model import Case, Device, Kernel, Outcome, Started, Status
 
 CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
-PROFILE = replace(PROFILES["quick"], victims=6)
+PROFILE = replace(PROFILES["quick"], victims=12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def test_one_that_is_refused_leaves_the_stage_to_the_next(refused: str) -> None:
 
 def test_several_share_the_places() -> None:
     found = cast({"plain": 1, "second": 1, "third": 1}, modules=2)
-    assert sorted(map(dtypes(found.cases).count, set(dtypes(found.cases)))) == [3, 3]
+    assert sorted(map(dtypes(found.cases).count, set(dtypes(found.cases)))) == [6, 6]
 
 
 def test_what_is_asked_for_alone_holds_for_the_kernel_and_not_for_its_neighbours() -> None:
