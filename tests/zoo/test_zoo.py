@@ -47,7 +47,8 @@ PLANTED: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }
 
 
-# kernel: (kind of failure, the options that its minimal case must have, and no others)
+# kernel: (kind of failure, the options that its minimal case must have, and no others). A mask that is read wrongly may
+# be right for a case and wrong for the same with its keys in another order: then a relation meets it first.
 OPTIONS: dict[str, tuple[str, set[str]]] = {
     "window_edge": ("Mismatch", {"window_left"}),
     "window_top_left": ("Mismatch", {"window_left"}),
@@ -79,7 +80,7 @@ def hunt(folder: Path, *arguments: str) -> dict[str, Any]:
         "--kernel-sequences=0",
         "--kernel-misused=0",
         "--kernel-device=cpu",
-        "--kernel-seed=13",
+        "--kernel-seed=1",
         f"--kernel-json={summary}",
         f"--kernel-report={folder / 'report.html'}",
         f"--kernel-fixtures={folder / 'fixtures'}",
@@ -118,7 +119,7 @@ def test_planted_bug_is_found_and_shrunk(planted: dict[str, Any], name: str) -> 
 def test_planted_bug_in_an_option_is_found_and_shrunk_to_it(planted: dict[str, Any], name: str) -> None:
     kind, options = OPTIONS[name]
     failure = planted[f"zoo.{name}[planted]"]
-    assert failure["kind"] == kind
+    assert failure["kind"] in ({kind, "RelationBroken"} if "mask" in options else {kind})
     axes = failure["case"]["axes"]
     defaults = {field.name: field.default for field in fields(PagedPrefill) if field.default is not MISSING}
     seen = {option for option, default in defaults.items() if axes[option] != default}
