@@ -97,8 +97,8 @@ class Chase(Generic[S]):
 # other parts (ConjectureRunner.generate_mutations_from): of 200 in one run some 40 would be drawn, and the others be
 # their likes, so that what is rare would be there often or not at all.
 INDEPENDENT = 10
-# Runs without anything new after which there is nothing new.
-BARREN = 2
+# Runs one after the other without anything new, after which there is taken to be nothing.
+BARREN = 5
 
 
 def draw(
@@ -122,7 +122,9 @@ def draw(
         if _run(strategy, noted, min(INDEPENDENT, examples - bred - before + bool(number)), seed_value, number):
             return True
         number, barren = number + 1, 0 if len(accepted) > before else barren + 1
-    return bool(bred and _run(strategy, noted, bred + bool(number), seed_value, number)) or bool(accepted)
+    if bred and accepted and _run(strategy, noted, bred + 1, seed_value, number):
+        return True
+    return bool(accepted)
 
 
 def _run(
