@@ -93,8 +93,8 @@ def assemble(
     if cases and Neighbour.kind in kinds:
         for name, other in neighbours.targets.items():
             if name not in neighbours.right:
-                any_case = replace(profile, only=())
-                playable = _playable(alone, runner, other, any_case, NEIGHBOUR_CASES, neighbours.seed, enough=1)
+                whole = replace(profile, only=())  # a neighbour is what it is
+                playable = _playable(alone, runner, other, whole, NEIGHBOUR_CASES, neighbours.seed, enough=1)
                 neighbours.right[name] = tuple(case for case, digest in playable.items() if digest)
             if neighbours.right[name]:
                 others[name] = neighbours.right[name]
@@ -126,11 +126,12 @@ def _playable(
     found: dict[Case[Any], str | None] = {}
     modules = profile.modules
     for cases in _by_specialisation(target, profile, started, wanted, seed_value, enough):
+        if not modules:
+            break
         # The places that are left are shared by the specialisations that are.
-        share = len(found) + (-(-(wanted - len(found)) // modules) if modules else 0)
-        before = len(found)
+        before, share = len(found), -(-(wanted - len(found)) // modules)
         for case in cases:
-            if len(found) == share:
+            if len(found) == before + share:
                 break
             outcome = alone(runner, target, case)
             if outcome.status is not Status.UNSUPPORTED:
