@@ -1,40 +1,32 @@
-"""pytest's side: from suite files and fixtures to items, and from options to a session."""
+"""pytest's side: from suite files and fixtures to items."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
-import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kerneltest import discovery
+from kerneltest.commandline import one_of, options_of
 from kerneltest.engine import repro
 from kerneltest.engine.evidence import BadEvidence
 from kerneltest.engine.hunt import Target
 from kerneltest.engine.kept import BadKept
 from kerneltest.engine.pool import WorkerFailed
-from kerneltest.engine.profile import PROFILES
 from kerneltest.model import Case, Conclusion, Drawn, Failure, KernelRecord, LaunchSequence, Misused, encode
 from kerneltest.model.record import TITLES, Hunted
-from kerneltest.model.sequence import STEPS
 from kerneltest.session import Options, Session
 
 SESSION = pytest.StashKey[Session]()
-# What the controller of pytest-xdist tells its processes; see kerneltest.plugin.
-SEED = "kernel_seed"
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def start(config: pytest.Config) -> Session:
     """The session of this run, made at first use. Raises pytest.UsageError for options that make no sense."""
     if SESSION not in config.stash:
-        session = Session(_options(config))
+        session = Session(options_of(config))
         config.stash[SESSION] = session
         _check_libraries(session)
         if session.options.device.startswith("cuda") and not config.option.collectonly:
@@ -214,107 +206,9 @@ def encoded_record(item: pytest.Item) -> Any | None:
     return None if record is None else encode(record)
 
 
-def _options(config: pytest.Config) -> Options:
-    option = config.option
-    roots = [discovery.builtin_root()]
-    own = config.rootpath / "suites"
-    if own.is_dir() and own != roots[0]:
-        roots.insert(0, own)
-    known = sorted({path.parent.name for root in roots for path in discovery.suite_files(root)})
-    suites = [name for name in (option.kernel_suite or "").split(",") if name]
-    if "all" in suites:
-        suites = known
-    for suite in suites:
-        _one_of("--kernel-suite", suite, ["all", *known])
-    kinds = [kind for kind in (option.kernel_steps or "").split(",") if kind]
-    for kind in kinds:
-        _one_of("--kernel-steps", kind, list(STEPS))
-    _one_of("--kernel-profile", option.kernel_profile, list(PROFILES))
-    profile = PROFILES[option.kernel_profile]
-    if option.kernel_sequences is not None:
-        _at_least("--kernel-sequences", option.kernel_sequences, 0)
-        profile = replace(profile, cpu_sequences=option.kernel_sequences, cuda_sequences=option.kernel_sequences)
-    if option.kernel_modules is not None:
-        _at_least("--kernel-modules", option.kernel_modules, 1)
-        most = option.kernel_modules
-        profile = replace(profile, compiles=most, modules=min(profile.modules, most))
-    profile = replace(profile, only=tuple(map(_axis, filter(None, (option.kernel_only or "").split(",")))))
-    if option.kernel_misused is not None:
-        _at_least("--kernel-misused", option.kernel_misused, 0)
-        profile = replace(profile, misused=option.kernel_misused)
-    if option.kernel_draws is not None:
-        _at_least("--kernel-draws", option.kernel_draws, 0)
-        profile = replace(profile, cpu_draws=option.kernel_draws, cuda_draws=option.kernel_draws)
-    if not DEVICE.fullmatch(option.kernel_device):
-        raise pytest.UsageError(
-            f"--kernel-device: unknown device {option.kernel_device!r}; valid: auto, cpu, cuda, cuda:N"
-        )
-    if option.kernel_continue and option.kernel_seed is None:
-        raise pytest.UsageError("--kernel-continue: needs --kernel-seed, or the rest of the run would draw other cases")
-    if option.kernel_seed is None:
-        # Written back for the report. A process of pytest-xdist gets its controller's: one run, one seed.
-        given = getattr(config, "workerinput", {}).get(SEED)
-        option.kernel_seed = random.SystemRandom().randrange(2**32) if given is None else given
-    return Options(
-        suites=tuple(suites),
-        profile=profile,
-        device=option.kernel_device,
-        libraries=dict(_library(text) for text in option.kernel_library),
-        isolation=option.kernel_isolation,
-        seed=option.kernel_seed,
-        roots=tuple(roots),
-        fixtures=Path(option.kernel_fixtures or config.rootpath / "fixtures"),
-        root=config.rootpath,
-        invoked_in=config.invocation_params.dir,
-        evidence=Path(option.kernel_evidence or config.rootpath / ".kerneltest" / "evidence"),
-        steps=tuple(kinds) or tuple(STEPS),
-        trace=_trace(config),
-        kept=Path(option.kernel_continue) if option.kernel_continue else None,
-    )
-
-
-def _trace(config: pytest.Config) -> Path | None:
-    """Where to write what workers are asked for: a file for each process of pytest-xdist."""
-    if config.option.kernel_trace is None:
-        return None
-    path, process = Path(config.option.kernel_trace), getattr(config, "workerinput", {}).get("workerid")
-    return path.with_name(f"{path.stem}-{process}{path.suffix}") if process else path
-
-
-def _at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise pytest.UsageError(f"{option}: expected {least} or more, got {value}")
-
-
-def _one_of(option: str, value: str, valid: list[str]) -> None:
-    if value not in valid:
-        raise pytest.UsageError(f"{option}: unknown value {value!r}; valid: {', '.join(valid)}")
-
-
-def _axis(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise pytest.UsageError(f"--kernel-only: expected AXIS=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:  # a word, such as bfloat16
-        return name, value
-
-
-def _library(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    # Not resolved: a link to an installation is named as it was given.
-    path = Path(os.path.abspath(folder))
-    if not (name and equals):
-        raise pytest.UsageError(f"--kernel-library: expected NAME=FOLDER, got {text!r}")
-    if not ((path / name).is_dir() or (path / f"{name}.py").is_file()):
-        raise pytest.UsageError(f"--kernel-library: {path} holds no package {name!r}")
-    return name, path
-
-
 def _check_libraries(session: Session) -> None:
     for name in session.options.libraries:
-        _one_of("--kernel-library", name, list(session.libraries))
+        one_of("--kernel-library", name, list(session.libraries))
 
 
 def _require_device(session: Session) -> None:

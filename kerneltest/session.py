@@ -14,19 +14,19 @@ from kerneltest import discovery
 from kerneltest.engine import repro
 from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import hunt_sequences, replay_sequence
-from kerneltest.engine.distribution import DistributionTrail, hunt_distribution, replay_distribution
+from kerneltest.engine.distribution import hunt_distribution, replay_distribution
 from kerneltest.engine.evidence import Store
 from kerneltest.engine.hunt import Caught, Target, Trail, hunt, replay
 from kerneltest.engine.kept import Kept, Result, digest
-from kerneltest.engine.misuse import MisuseTrail, hunt_misuse, replay_misuse
+from kerneltest.engine.misuse import hunt_misuse, replay_misuse
 from kerneltest.engine.pool import InProcess, Runner, WorkerPool
 from kerneltest.engine.profile import Profile
-from kerneltest.engine.text import failure_text, misuse_text, nothing_checked_text, steps, vacuous_text
+from kerneltest.engine.recording import failure_record, kernel_record
+from kerneltest.engine.text import failure_text, misuse_text, nothing_checked_text, vacuous_text
 from kerneltest.engine.traced import Traced
 from kerneltest.model import (
     FAILURES,
     Case,
-    Conclusion,
     Drawn,
     Failure,
     FailureRecord,
@@ -38,7 +38,6 @@ from kerneltest.model import (
     NothingChecked,
     Start,
     Started,
-    StepRecord,
     Unchecked,
     VacuousBudget,
     encode,
@@ -197,12 +196,12 @@ class Session:
         if not trail.cases:
             finding = Finding(kind="NothingChecked", kernel=kernel.name, key="", what="no drawn case is supported")
             failure: Failure = NothingChecked(finding, nothing_checked_text(kernel.name, trail, started))
-            return self._record(suite, kernel, trail, (_failure_record(failure),)), failure
+            return self._record(suite, kernel, trail, (failure_record(failure),)), failure
         if trail.caught is None:
             record = self._record(suite, kernel, trail)
             if vacuous := _vacuous(record, trail.wide):
                 failure = VacuousBudget(vacuous, vacuous_text(vacuous, started))
-                return self._record(suite, kernel, trail, (_failure_record(failure),)), failure
+                return self._record(suite, kernel, trail, (failure_record(failure),)), failure
             return record, None
         path = repro.write(self.options.fixtures, suite, trail.caught, started)
         return self._caught(suite, kernel, trail, path)
@@ -315,7 +314,7 @@ class Session:
         command = self._replay_command(path)
         text = failure_text(caught, self.runner.started, command, ran)
         failure = FAILURES[caught.finding.kind](caught.finding, text)
-        return failure, _failure_record(failure, caught, self._shown(path), command)
+        return failure, failure_record(failure, caught, self._shown(path), command)
 
     def _record(
         self,
@@ -326,29 +325,7 @@ class Session:
         unchecked: tuple[Unchecked, ...] = (),
         hunt: Hunted = "cases",
     ) -> KernelRecord:
-        started = self.runner.started
-        ran = trail is not None and bool(trail.cases)
-        return KernelRecord(
-            name=kernel.name,
-            suite=suite,
-            verdict=Conclusion.RED if failures else Conclusion.GREEN if ran else Conclusion.UNCHECKED,
-            seconds=trail.seconds if trail else 0.0,
-            cases=trail.cases if trail else (),
-            unsupported=trail.unsupported if trail else {},
-            launches=trail.launches if trail else 0,
-            slack=trail.slack if trail else 1.0,
-            failures=failures,
-            unchecked=(*(trail.unchecked if trail else ()), *unchecked),
-            device=started.device,
-            libraries=started.libraries,
-            coverage=started.coverage,
-            hunt=hunt,
-            before=trail.before if trail else {},
-            kinds=trail.kinds if trail else {},
-            repeated=trail.repeated if trail else (0, 0),
-            misuses=trail.tally if isinstance(trail, MisuseTrail) else None,
-            distributions=trail.distributions if isinstance(trail, DistributionTrail) else (),
-        )
+        return kernel_record(suite, kernel, self.runner.started, hunt, trail, failures, unchecked)
 
     def _seed(self, kernel: Kernel) -> int:
         """Every kernel draws cases of its own: two kernels of a run together see twice as many."""
@@ -382,39 +359,6 @@ def _vacuous(record: KernelRecord, wide: Collection[str]) -> Finding | None:
             what = f"{output}: no case used more than {100 * used:.2g} % of an error budget wider than fp32 needs"
             return Finding(kind="VacuousBudget", kernel=record.name, key=output, what=what)
     return None
-
-
-def _failure_record(
-    failure: Failure, caught: Caught | None = None, fixture: str | None = None, command: str = ""
-) -> FailureRecord:
-    """A failure for the reports, with the case that shows it, if there is one."""
-    return FailureRecord(
-        kernel=failure.finding.kernel,
-        kind=failure.finding.kind,
-        culprit=failure.finding.culprit,
-        what=failure.finding.what,
-        text=str(failure),
-        case=encode(caught.case) if caught else None,
-        case_text=str(caught.case) if caught else "",
-        fixture=fixture,
-        seconds_to_find=caught.seconds_to_find if caught else 0.0,
-        seconds_to_shrink=caught.seconds_to_shrink if caught else 0.0,
-        replay=command,
-        steps=_steps(caught) if caught else (),
-        misuse=encode(caught.misuse) if caught and caught.misuse else None,
-    )
-
-
-def _steps(caught: Caught) -> tuple[StepRecord, ...]:
-    """The steps of a failing sequence, each with what comes of it without that step, where that was asked."""
-    if caught.sequence is None:
-        return ()
-    kinds = [step.kind for step in caught.sequence.steps]
-    without = caught.without or [""] * len(kinds)
-    return tuple(
-        StepRecord(kind=kind, text=text, without=less)
-        for kind, text, less in zip(kinds, steps(caught), without, strict=True)
-    )
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "strategies": set(),
     "discovery": {"model"},
     "session": {"engine", "model", "discovery"},
-    "collection": {"session", "engine", "model", "discovery"},
+    "commandline": {"session", "engine", "model", "discovery"},
+    "collection": {"commandline", "session", "engine", "model", "discovery"},
     "plugin": {"collection", "report", "discovery", "engine"},
     "suites": {"suites", "model", "oracle", "strategies"},
 }
@@ -49,6 +50,7 @@ WITHOUT_TORCH = {
     "engine",
     "report",
     "session",
+    "commandline",
     "collection",
     "plugin",
     "discovery",
