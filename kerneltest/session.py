@@ -158,7 +158,7 @@ class Session:
         }[hunted]
         if self._kept is None:
             return follow(suite, target)
-        title = f"{suite}: {target.kernel.name}{TITLES[hunted]}"
+        title = f"{suite} {target.kernel.name}{TITLES[hunted]}"
         if (result := self._kept.load(title)) is None:
             result = follow(suite, target)
             self._kept.save(title, result)
