@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from attention_cases import draws, slopes
 from hypothesis import given
 
 from kerneltest import discovery
+from kerneltest.engine.chase import draw
 from kerneltest.model import Case, Size, encode
 
 PACKAGE = f"{discovery.PACKAGE}.attention"
@@ -148,8 +149,6 @@ def test_cases_can_be(name: str) -> None:
     """What is drawn has tensors of the form that its operator says, relations that apply, and a JSON form."""
     operator, drawn = OPERATORS[name], []
 
-    @draws(60)
-    @given(operator.cases(SIZE))
     def prop(case: Case[Any]) -> None:
         drawn.append(case)
         made = operator.materialize(case)
@@ -164,7 +163,7 @@ def test_cases_can_be(name: str) -> None:
         assert operator.locate(case, "out", last)
         assert operator.locate(case, "lse", last[:-1])
 
-    prop()
+    draw(operator.cases(SIZE), prop, 60, 1)
     assert len({case.inputs for case in drawn}) >= 6
     assert any(case.relation for case in drawn)
     assert {asks_for_lse(case) for case in drawn} == ({True} if name == "block_sparse" else {True, False})
@@ -305,3 +304,24 @@ def test_rows_without_blocks_and_dead_keys_occur() -> None:
             assert not bool(visible[:, part.mask].any())
     assert empty
     assert dead
+
+
+@pytest.mark.parametrize("operator", [single_prefill, single_decode, paged_decode], ids=lambda operator: operator.name)
+def test_draws_reach_each_option_alone_and_with_the_common_kind(operator: Any) -> None:
+    """Each is a module of its own: no two of them, and none with another dtype or head dimension."""
+    seen: list[Case[Any]] = []
+    draw(operator.cases(Size(batch=3, qo_len=40, kv_len=90, heads=8)), seen.append, 600, 1)
+    options: dict[str, Callable[[Any], bool]] = {
+        "window": lambda axes: axes.window_left >= 0,
+        "soft-cap": lambda axes: axes.softcap > 0,
+        "ALiBi": lambda axes: axes.alibi,
+        "eight bits": lambda axes: getattr(axes, "kv_dtype", "same") != "same",
+    }
+    wanted = set(options) - (set() if operator is paged_decode else {"eight bits"})
+    asked = [(one.axes, {name for name, asks in options.items() if asks(one.axes)}) for one in seen]
+    for name in wanted:
+        assert sum(name in names for _, names in asked) >= len(set(seen)) / 100, name
+    assert max(len(names) for _, names in asked) == 1
+    assert {(axes.dtype, axes.head_dim) for axes, names in asked if names} == {("bfloat16", 128)}
+    assert len({(axes.dtype, axes.head_dim) for axes, names in asked if not names}) == 3
+    assert sum(not axes.return_lse for axes, _ in asked) >= len(set(seen)) / 20

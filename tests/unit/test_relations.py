@@ -16,6 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kerneltest import discovery
+from kerneltest.engine.chase import draw
 from kerneltest.model import (
     FP16,
     FP32,
@@ -452,15 +453,13 @@ def test_an_unknown_relation_is_refused_with_the_known_ones() -> None:
 def test_every_relation_is_drawn_only_where_it_applies_and_dropped_by_a_simpler_step() -> None:
     seen = set()
 
-    @draws(400)
-    @given(drawn)
-    def draw(of: Case[Any]) -> None:
+    def check(of: Case[Any]) -> None:
         seen.add(of.relation)
         if of.relation:
             assert OPERATOR.relation(of.relation).applies(of)
             assert next(iter(paged.simpler(of))) == replace(of, relation="")
 
-    draw()
+    draw(drawn, check, 400, 1)
     assert seen == {"", *NAMES}
 
 
