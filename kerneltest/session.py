@@ -190,7 +190,8 @@ class Session:
             return self._record(suite, kernel, unchecked=(Unchecked(what=kernel.name, why=reason),)), None
         target = replace(target, peers=self._peers(kernel))
         trail = hunt(target, self.runner, self.options.profile, self._seed(kernel))
-        if not trail.cases and self.options.profile.only:
+        if trail.unsupported and not trail.cases and self.options.profile.only:
+            # The kernel's domain, and no mistake of anybody's, as values would be that no case has.
             why = f"it supports none of the cases that --kernel-only leaves: {_commonest(trail.unsupported)}"
             return self._record(suite, kernel, trail, unchecked=(Unchecked(what=kernel.name, why=why),)), None
         if not trail.cases:
@@ -346,7 +347,7 @@ class Session:
 
 
 def _commonest(unsupported: Mapping[str, int]) -> str:
-    return max(unsupported, key=lambda reason: unsupported[reason], default="none was drawn")
+    return max(unsupported, key=lambda reason: unsupported[reason])
 
 
 def _vacuous(record: KernelRecord, wide: Collection[str]) -> Finding | None:

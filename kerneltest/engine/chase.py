@@ -94,7 +94,7 @@ class Chase(Generic[S]):
 
 
 # Subjects in a run of Hypothesis. Behind the tenth it varies each of them five times over by copying parts of it to
-# other parts (ConjectureRunner.generate_mutations_from): of 200 in one run some 40 would be drawn, and the others be
+# other parts (ConjectureRunner.generate_mutations_from): of 200 in one run some 60 would be drawn, and the others be
 # their likes, so that what is rare would be there often or not at all.
 INDEPENDENT = 10
 # Runs one after the other without anything new, after which there is taken to be nothing.

@@ -238,6 +238,7 @@ class WorkerPool:
         return min(cold, deadline + SLOWER * loading) if missing else deadline
 
     def _note(self, modules: set[tuple[str, str]], seconds: float) -> None:
+        """Remember what those took that ran for the first time; several at once share the time."""
         self._opening = self._opening or seconds
         new = modules - self._took.keys()
         self._took |= dict.fromkeys(new, seconds / len(new) if new else 0.0)

@@ -15,7 +15,7 @@ from kerneltest.model import Misuse, Outcome, Started
 class Traced:
     """Lines of JSON in ``path``, one before each job and one behind it, appended and flushed.
 
-    ``who``: which of several runners it is. ``at``: seconds since the first job of this runner.
+    ``who``: which of several runners it is. ``at``: seconds since it was made.
     """
 
     def __init__(self, runner: Runner, path: Path, who: str) -> None:

@@ -58,7 +58,7 @@ PIECES = (128, 512)
 # The options that are a module of their own for some libraries.
 COMPILED = ("window_left", "softcap", "kv_dtype", "alibi")
 # How often each option is set where only one may be. Half of the cases have none.
-OPTIONS_DRAWN = {"": 16, "window": 3, "softcap": 2, "mask": 4, "quantised": 2, "unsplit": 1, "pieces": 2, "alibi": 2}
+OPTIONS_DRAWN = {"": 18, "window": 3, "softcap": 2, "mask": 4, "quantised": 2, "unsplit": 1, "pieces": 2, "alibi": 2}
 # A second one, which is rarer. Gemma 2 has a window and a soft-cap.
 SECOND_DRAWN = {"": 12, "window": 1, "softcap": 1, "mask": 1, "quantised": 1, "alibi": 1}
 # How often a request has which keys. A prefill of the whole prompt has as many keys as queries: the commonest request,
