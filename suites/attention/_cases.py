@@ -251,17 +251,29 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     # Last, because there may be many of them, and each may cost a worker.
     for number, request in enumerate(axes.requests):
         before, after = axes.requests[:number], axes.requests[number + 1 :]
-        for shorter in (
-            replace(request, qo_len=-(-request.qo_len // 2)),
-            # By a half, a quarter and an eighth: a step of one at a time may be a worker at a time.
-            *(replace(request, kv_len=max(request.kv_len - request.kv_len // part, 1)) for part in (2, 4, 8)),
-            replace(request, kv_len=max(request.kv_len - 1, 1)),
-        ):
-            if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
-                yield with_requests([*before, shorter, *after])
+        for shorter in shortened(request):
+            yield with_requests([*before, shorter, *after])
     # A row without keys has two causes, causal masking and an empty cache; the second is the plainer one.
     if axes.causal and len(axes.requests) == 1:
         yield replace(case, axes=replace(axes, causal=False, requests=(Request(qo_len=1, kv_len=0),)))
+
+
+def shortened(request: Request) -> Iterator[Request]:
+    """The request with fewer queries, fewer keys, or as many fewer of both, which leaves the diagonal where it was.
+
+    By large steps and by one; each may cost a worker.
+    """
+    queries, keys = request.qo_len, request.kv_len
+    for fewer in (-(-queries // 2), queries - 1):
+        yield from _unless_same(request, Request(qo_len=max(fewer, 1), kv_len=keys))
+        yield from _unless_same(request, Request(qo_len=max(fewer, 1), kv_len=max(keys - (queries - fewer), 1)))
+    for fewer in (*(keys - keys // part for part in (2, 4, 8)), *(keys - tile for tile in TILES), keys - 1):
+        yield from _unless_same(request, Request(qo_len=queries, kv_len=max(fewer, 1)))
+
+
+def _unless_same(request: Request, other: Request) -> Iterator[Request]:
+    if (other.qo_len, other.kv_len) < (request.qo_len, request.kv_len):
+        yield other
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, Relation, Size
 
-from ..attention._cases import INPUTS, WEIGHTS, with_more_keys
+from ..attention._cases import INPUTS, WEIGHTS, shortened, with_more_keys
 from ..attention.paged_prefill import DTYPES, LN_2, Request
 from ._axes import DEEPSEEK, SMALL, Dims, Mla
 
@@ -24,7 +24,7 @@ PAGE_SIZES = (1, 16, 32, 64)
 TILES = (64, 128)
 MAX_SPARE_PAGES = 3
 # How often a request has which keys; a decode step has many, a prompt as many as queries.
-KEYS = {"any": 10, "of the prompt": 3, "none": 1}
+KEYS = {"any": 6, "on the diagonal": 6, "of the prompt": 3, "none": 1}
 
 
 def _for_cpu(size: Size) -> bool:
@@ -43,21 +43,28 @@ def most_queries(size: Size, heads: int, dims: Dims) -> int:
 
 
 @cache
-def _requests(size: Size, queries: int, page_size: int, *, decode: bool) -> st.SearchStrategy[Request]:
+def _requests(size: Size, queries: int, page_size: int, heads: int, *, decode: bool) -> st.SearchStrategy[Request]:
     from hypothesis import strategies as st
 
     from kerneltest.strategies import edges, weighted
 
-    def build(qo_len: int, kv_len: int, keys: str) -> Request:
-        return Request(
-            qo_len=qo_len, kv_len={"any": kv_len, "of the prompt": min(qo_len, size.kv_len), "none": 0}[keys]
-        )
+    def build(qo_len: int, kv_len: int, keys: str, row: int, seen: int) -> Request:
+        lengths = {
+            "any": kv_len,
+            "on the diagonal": min(seen + max(qo_len - 1 - row, 0), size.kv_len),
+            "of the prompt": min(qo_len, size.kv_len),
+            "none": 0,
+        }
+        return Request(qo_len=qo_len, kv_len=lengths[keys])
 
     return st.builds(
         build,
         qo_len=st.just(1) if decode else edges(queries, *TILES),
         kv_len=edges(size.kv_len, page_size, *TILES),
         keys=weighted(KEYS),
+        # The first query, or one whose heads lie in two tiles of rows, sees the end of a tile of keys, or one more.
+        row=st.sampled_from([0, *(tile // heads for tile in TILES)]),
+        seen=st.sampled_from(sorted({n * tile + more for n in (1, 2, 4) for tile in TILES for more in (0, 1)})),
     )
 
 
@@ -72,7 +79,7 @@ def cases(operator: str, relations: Sequence[Relation], size: Size) -> st.Search
         page_size = draw(st.sampled_from(PAGE_SIZES))
         heads = draw(st.sampled_from([h for h in HEADS if h <= most_heads(size)]))
         dims = draw(st.sampled_from(DIMS["cpu" if _for_cpu(size) else "cuda"]))
-        request = _requests(size, most_queries(size, heads, dims), page_size, decode=draw(st.booleans()))
+        request = _requests(size, most_queries(size, heads, dims), page_size, heads, decode=draw(st.booleans()))
         requests = draw(st.lists(request, max_size=size.batch - 1))
         # Somebody must ask something; everybody else, before or after, may be empty in queries, keys or both.
         somebody = draw(request.map(lambda r: replace(r, qo_len=max(r.qo_len, 1))))
@@ -107,7 +114,7 @@ def simpler(case: Case[Mla]) -> Iterator[Case[Mla]]:
     def with_requests(requests: list[Request]) -> Case[Mla]:
         return replace(case, axes=replace(axes, requests=tuple(requests)))
 
-    def shortened(*lengths: dict[str, int]) -> Iterator[Case[Mla]]:
+    def with_lengths(*lengths: dict[str, int]) -> Iterator[Case[Mla]]:
         for number, request in enumerate(axes.requests):
             before, after = axes.requests[:number], axes.requests[number + 1 :]
             for length in lengths:
@@ -119,7 +126,7 @@ def simpler(case: Case[Mla]) -> Iterator[Case[Mla]]:
         others = [request for index, request in enumerate(axes.requests) if index != number]
         if any(request.qo_len for request in others):
             yield with_requests(others)
-    yield from shortened({"qo_len": 1}, {"kv_len": 1})
+    yield from with_lengths({"qo_len": 1}, {"kv_len": 1})
     simplest: dict[str, Any] = {
         "dtype": DTYPES[0],
         "dims": SMALL,
@@ -141,13 +148,8 @@ def simpler(case: Case[Mla]) -> Iterator[Case[Mla]]:
     # Last, because there may be many of them, and each may cost a worker.
     for number, request in enumerate(axes.requests):
         before, after = axes.requests[:number], axes.requests[number + 1 :]
-        for shorter in (
-            replace(request, qo_len=-(-request.qo_len // 2)),
-            replace(request, kv_len=max(request.kv_len // 2, 1)),
-            replace(request, kv_len=max(request.kv_len - 1, 1)),
-        ):
-            if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
-                yield with_requests([*before, shorter, *after])
+        for shorter in shortened(request):
+            yield with_requests([*before, shorter, *after])
 
 
 def captures(case: Case[Mla]) -> st.SearchStrategy[Case[Mla]]:

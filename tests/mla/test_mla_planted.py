@@ -19,6 +19,8 @@ PLANTED: dict[str, tuple[set[str], dict[str, Any]]] = {
     "base_2": ({"Mismatch"}, {"causal": False, "heads": 1, "page_size": 1}),
     "latent_cut": ({"Mismatch"}, {"causal": False, "heads": 1, "page_size": 1}),
     "tile_edge": ({"Mismatch"}, {"causal": True, "heads": 1}),
+    # Of a right causal mask only heads that do not divide a tile are wrong.
+    "tile_floor": ({"Mismatch", "NonFinite"}, {"causal": True, "heads": 5}),
     "truncated": ({"Mismatch"}, {}),
     "shifted_value": ({"Mismatch"}, {"causal": False, "heads": 1, "page_size": 1}),
     "last_page": ({"NonFinite"}, {"causal": False, "heads": 1, "page_size": 16}),
@@ -50,8 +52,10 @@ def hunt(folder: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    run = hunt(tmp_path_factory.mktemp("planted"), "-k", "planted]")
-    return {failure["kernel"]: failure for failure in run["failures"]}
+    quick = hunt(tmp_path_factory.mktemp("planted"), "-k", "planted] and not tile_floor")
+    # Heads that no tile divides, and a tile's edge on their query's diagonal: rare.
+    longer = hunt(tmp_path_factory.mktemp("rare"), "-k", "tile_floor", "--kernel-profile=default")
+    return {failure["kernel"]: failure for failure in (*quick["failures"], *longer["failures"])}
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -73,6 +77,12 @@ def test_the_tile_edge_is_shrunk_to_the_first_row_that_can_show_it(planted: dict
     # Row 7 of a tile of 8 needs a key beyond its own to leak, which takes 9 queries.
     (request,) = planted["mla.tile_edge[planted]"]["case"]["axes"]["requests"]
     assert request["qo_len"] == 9
+
+
+def test_a_query_in_two_tiles_is_shrunk_along_the_diagonal(planted: dict[str, Any]) -> None:
+    # Of 16 rows of 5 heads each, the last belongs to query 3, the only one to see the first key of the second tile.
+    (request,) = planted["mla.tile_floor[planted]"]["case"]["axes"]["requests"]
+    assert request == {"qo_len": 4, "kv_len": 17}
 
 
 def test_twins_are_green(tmp_path: Path) -> None:

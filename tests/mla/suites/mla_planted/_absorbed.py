@@ -12,6 +12,8 @@ from kerneltest.model import Call
 
 # Rows of a tile, at whose edge a causal mask can be off by one.
 TILE = 8
+# Heads of queries, and keys, in a tile of a kernel that packs heads and queries into rows.
+PACKED = 16
 
 
 def answer(call: Call, bug: str) -> Mapping[str, torch.Tensor]:
@@ -54,6 +56,8 @@ def _attend(
         last = query + kv_len - count
         if bug == "tile_edge":
             last = torch.where(query % TILE == TILE - 1, last + 1, last)
+        if bug == "tile_floor":
+            scores = _without_a_tile(scores, kv_len - count)
         scores = scores.masked_fill((slot > last.unsqueeze(-1)).unsqueeze(1), -math.inf)
     fmt = x["q_nope"].dtype
     if bug == "plain_mean" and len(key) > 1:
@@ -63,6 +67,15 @@ def _attend(
     else:
         out, lse = _softmax(scores, value, fmt, bug)
     return out, lse / math.log(2.0) if bug == "base_2" else lse
+
+
+def _without_a_tile(scores: torch.Tensor, before: int) -> torch.Tensor:
+    """A tile visits the keys that its whole queries see, and forgets the query of which it has some heads."""
+    heads = scores.shape[1]
+    row = torch.arange(scores.shape[0] * heads).view(-1, heads)
+    seen = before + (row // PACKED + 1) * PACKED // heads
+    visited = -(-seen // PACKED) * PACKED
+    return scores.masked_fill(torch.arange(scores.shape[2]) >= visited.unsqueeze(-1), -math.inf)
 
 
 def _halves(scores: torch.Tensor, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -25,6 +25,12 @@ def small_only(case: Case[Any], device: Device) -> str | None:
     return None if case.axes.dims == SMALL else "planted for small dimensions"
 
 
+def no_fewer_keys(case: Case[Any], device: Device) -> str | None:
+    """Where queries come before all keys, every tile has a part that is forgotten easily."""
+    fewer = any(0 < request.kv_len < request.qo_len for request in case.axes.requests)
+    return "no incremental prefill" if case.axes.causal and fewer else small_only(case, device)
+
+
 def absorbed(bug: str, call: Call) -> Outputs:
     from . import _absorbed
 
@@ -74,6 +80,7 @@ next_page = planted("next_page")
 base_2 = planted("base_2")
 latent_cut = planted("latent_cut")
 tile_edge = planted("tile_edge")
+tile_floor = replace(planted("tile_floor"), unsupported=no_fewer_keys)
 truncated = planted("truncated")
 shifted_value = planted("shifted_value")
 last_page = planted("last_page")
