@@ -41,10 +41,12 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
 def curand_uniform(seed: int, subsequences: NDArray[np.uint64], offset: int = 0) -> NDArray[np.float64]:
     """The first ``curand_uniform`` behind ``curand_init(seed, subsequence, offset)``, in (0, 1], for each subsequence.
 
+    Both have 64 bits, and a negative one is the number that they say.
+
     The seed is the key; the counter has the number of the block in its lower half and the subsequence in its upper one
     (curand_philox4x32_x.h); a word x becomes x 2^-32 + 2^-33 in float32 (curand_uniform.h). Exact, as float64.
     """
-    block, place = divmod(offset, 4)
+    block, place = divmod(offset % 2**64, 4)
     counter = np.empty((len(subsequences), 4), dtype=np.uint32)
     counter[:, 0], counter[:, 1] = block & WORD, (block >> 32) & WORD
     counter[:, 2] = subsequences & np.uint64(WORD)

@@ -32,7 +32,7 @@ class Terms:
 
     ``values`` are the probabilities or logits as given, ``probs`` the probabilities in float64, both [rows, V];
     ``top_k`` int64, ``top_p`` and ``min_p`` float32, all [rows, 1], where there are such; ``source`` int64 [draws]: the
-    row of each draw.
+    row of each draw; ``seed`` and ``offset``: the state of a generator on the device, as the kernel is given it.
     """
 
     values: torch.Tensor
@@ -41,6 +41,8 @@ class Terms:
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
     min_p: torch.Tensor | None
+    seed: int
+    offset: int
 
 
 def reference(case: Case[Rows], inputs: Mapping[str, torch.Tensor], device: str) -> Terms:
@@ -59,6 +61,10 @@ def reference(case: Case[Rows], inputs: Mapping[str, torch.Tensor], device: str)
         rows = inputs[name] if axes.per_row else torch.full((axes.rows,), scalar, dtype=dtype)
         return rows.to(device, dtype).unsqueeze(-1)
 
+    def state(name: str, usual: int) -> int:
+        given = inputs.get(name) if axes.device_seed else None
+        return usual if given is None or not given.numel() else int(given.flatten()[0])
+
     source = inputs.get("indices", torch.arange(axes.rows)).long().to(device)
     return Terms(
         values=values,
@@ -67,6 +73,8 @@ def reference(case: Case[Rows], inputs: Mapping[str, torch.Tensor], device: str)
         top_k=parameter("top_k"),
         top_p=parameter("top_p"),
         min_p=parameter("min_p"),
+        seed=state("seed", case.seed),
+        offset=state("offset", 0),
     )
 
 
@@ -175,7 +183,7 @@ def _replayed(
         weights = torch.where(weights <= FLUSHED, 0.0, weights)
     total = weights.sum(-1)
     clear = (support.sure == support.possible).all(-1) & (total > 0)
-    numbers = inverse.numbers(case, str(weights.device))
+    numbers = inverse.numbers(case, terms)
     gamma = semantics.slack * semantics.mass.gamma(weights.shape[-1])
     error = torch.zeros_like(numbers)
     if inverse.scaled:

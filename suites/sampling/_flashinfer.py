@@ -7,6 +7,7 @@ Lines are those of release 0.6.18.post1, in data/include/flashinfer/. All is com
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from ._axes import Rows
 
 if TYPE_CHECKING:
     import torch
+
+    from ._certify import Terms
 
 # A block of 1024 threads from compute capability 8.0 on (DISPATCH_COMPUTE_CAP_NUM_THREADS, sampling.cuh:75). Each adds
 # every 1024th vector of up to 4, which is one addition for each of ceil(V / 1024) + 3 elements at most; then 5 levels
@@ -53,15 +56,15 @@ def stream(call: Call) -> dict[str, Any]:
     return {"seed": call.case.seed, "offset": STRIDE * call.draw}
 
 
-def first_numbers(case: Case[Rows], device: str) -> torch.Tensor:
+def first_numbers(case: Case[Rows], terms: Terms) -> torch.Tensor:
     """The first random number of each row: Philox with the place of the draw for a subsequence (sampling.cuh:795)."""
     import numpy as np
     import torch
 
     from kerneltest.oracle.philox import curand_uniform
 
-    numbers = curand_uniform(case.seed, np.arange(case.axes.draws, dtype=np.uint64))
-    return torch.from_numpy(numbers).to(device)
+    numbers = curand_uniform(terms.seed, np.arange(case.axes.draws, dtype=np.uint64), terms.offset)
+    return torch.from_numpy(numbers).to(terms.probs.device)
 
 
 def parameter(call: Call, name: str) -> Any:
@@ -90,7 +93,9 @@ RANDOM = LaunchContract(
     },
 )
 PLAIN = LaunchContract(captured="values")
-OF_PROBABILITIES = LaunchContract(captured="values", trusts={"domain": SUMS})
+# Filters have a parameter for each row: a k of -1 keeps everything, and so does a p of NaN.
+OF_LOGITS = replace(PLAIN, trusts=dict.fromkeys(("nan of a row", "value out of range"), ON_THE_DEVICE))
+OF_PROBABILITIES = replace(OF_LOGITS, trusts={**OF_LOGITS.trusts, "domain": SUMS})
 
 
 def needs_probabilities(case: Case[Rows]) -> str | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from kerneltest.oracle.softmax import SoftmaxNumerics
 
+    from ._certify import Terms
+
 Ties = Literal["kept", "index", "reverse", "any"]
 
 
@@ -24,11 +26,11 @@ Ties = Literal["kept", "index", "reverse", "any"]
 class Inverse:
     """The promise that a draw is the first token whose running sum, in the order of the vocabulary, is above a number.
 
-    ``numbers(case, device)``: the random number of each draw of the first launch, float64 [draws] on that torch device.
+    ``numbers(case, terms)``: the random number of each draw of the first launch, float64 [draws] where the terms lie.
     ``scaled``: it is multiplied, in float32, by the sum of all that is drawn from.
     """
 
-    numbers: Callable[[Case[Any], str], torch.Tensor]
+    numbers: Callable[[Case[Any], Terms], torch.Tensor]
     scaled: bool = False
 
 

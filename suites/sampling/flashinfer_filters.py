@@ -14,8 +14,8 @@ from ._axes import Rows
 from ._flashinfer import (
     BLOCK,
     BLOCKS,
+    OF_LOGITS,
     OF_PROBABILITIES,
-    ON_THE_DEVICE,
     PLAIN,
     kernel,
     missing,
@@ -207,7 +207,7 @@ mask = kernel(
     launch_mask,
     numerics=top_k_semantics,
     unsupported=refusal("top_k_mask_logits", "top_k"),
-    contract=replace(PLAIN, trusts={"value out of range": ON_THE_DEVICE}),
+    contract=OF_LOGITS,
 )
 selection = _selection("top_k", deterministic=False)
 selection_deterministic = _selection("top_k[deterministic]", deterministic=True)

@@ -15,6 +15,8 @@ from .unfiltered import sampling_from_probs
 if TYPE_CHECKING:
     import torch
 
+    from ._certify import Terms
+
 
 def launch(call: Call) -> dict[str, torch.Tensor]:
     """One draw from each chosen row, by a running sum in float64."""
@@ -30,12 +32,13 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     return f.tokens(call, torch.minimum(torch.searchsorted(sums, numbers * total, right=True), last).squeeze(-1))
 
 
-def numbers(case: Case[Rows], device: str) -> torch.Tensor:
+def numbers(case: Case[Rows], terms: Terms) -> torch.Tensor:
     """The numbers of the first launch once more."""
     import torch
 
     from . import _torch_filters as f
 
+    device = terms.probs.device
     return torch.rand(case.axes.draws, dtype=torch.float64, device=device, generator=f.seeded(case, 0, device))
 
 

@@ -39,6 +39,11 @@ def test_uniform_numbers_are_words_of_the_block_that_the_offset_names() -> None:
         word = int(philox(counter, (5, 2))[0, offset % 4])
         (number,) = curand_uniform((2 << 32) + 5, np.array([(1 << 32) + 7], dtype=np.uint64), offset)
         assert number == np.float32(np.float32(word) * 2.0**-32 + 2.0**-33)
+    # A tensor of the device has the bits of a negative number.
+    one = np.array([7], dtype=np.uint64)
+    assert curand_uniform(-1, one, -1) == curand_uniform(2**64 - 1, one, 2**64 - 1)
+    last = int(philox(np.array([[WORD, WORD >> 2, 7, 0]], dtype=np.uint32), (WORD, WORD))[0, 3])
+    assert curand_uniform(-1, one, -1) == np.float32(np.float32(last) * 2.0**-32 + 2.0**-33)
     numbers = curand_uniform(1, np.arange(100_000, dtype=np.uint64))
     assert 0 < numbers.min() < 1e-3
     assert 1 - 1e-3 < numbers.max() <= 1

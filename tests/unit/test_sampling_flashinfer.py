@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import fake_flashinfer
@@ -58,6 +59,21 @@ def test_adapter_is_understood_and_its_semantics_are_those_of_the_library(name: 
 
     check()
     assert len(ran) >= 10
+
+
+@pytest.mark.parametrize("state", [{"seed": -1}, {"offset": -1}, {"seed": 1 << 40}, {"offset": 4}])
+def test_a_seed_on_the_device_is_the_one_that_is_replayed(state: dict[str, int], library: Any) -> None:
+    kernel = kernels()["flashinfer.sampling_from_probs[fast]"]
+    one = case("sampling_from_probs", rows=8, device_seed=True)
+    usual = call(kernel, one)
+    given = dataclasses.replace(usual, inputs={**usual.inputs, **{n: torch.tensor([x]) for n, x in state.items()}})
+    outputs, semantics = kernel.launch(given), kernel.numerics(one, H200)
+
+    def certified(inputs: Any) -> bool:
+        return not list(kernel.operator.certify(one, kernel.operator.reference(one, inputs, "cpu"), semantics, outputs))
+
+    assert certified(given.inputs)
+    assert not certified(usual.inputs)
 
 
 def test_a_parameter_that_a_later_release_has_is_used_then(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
