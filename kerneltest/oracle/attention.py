@@ -13,8 +13,8 @@ from kerneltest.model.numerics import DIVISION, FLUSHED, LOGARITHM, TYPICAL_ROUN
 from kerneltest.oracle.attention_terms import AttentionTerms
 from kerneltest.oracle.rounding import Z
 
-# How many units roundoff a row may be away from a single value for rounding to take it back there. Behind 3 of them, a
-# row of 512 channels that is rounded twice was seen to stay within two standard deviations.
+# How many units roundoff a row may be away from a single value for rounding to take it back there. From 3 on, rows of
+# 512 channels that were rounded twice stayed within two standard deviations; half of the rest is the √2 below.
 ROUNDED_BACK = 6
 
 
@@ -244,10 +244,10 @@ def _noise(terms: AttentionTerms, numerics: Numerics, row: _RowNoise, bound: tor
 def _rounded_back(moved: torch.Tensor, whole: torch.Tensor, numerics: Numerics) -> torch.Tensor:
     """What rounding outputs may amount to along a filter where one value v makes up nearly all of a row.
 
-    Values are numbers of the output's format, so that v + δ is rounded back to v as long as |δ| is less than half a
-    unit. Then the error is -δ in every channel, along v and not at random; of larger δ the channels' mantissas make
-    noise. Partial outputs are rounded as well, each nearer to v than the whole. ``whole`` is o·w, and ``moved``, which
-    is (Σ p² ((v - o)·w)²)^½ or more, between ε and √2 ε of it for a row of which a share of ε is not v.
+    Values are numbers of the output's format, or a coarser one, so that v + δ is rounded back to v as long as |δ| is
+    less than half a unit. Then the error is -δ in every channel, along v and not at random; of larger δ the channels'
+    mantissas make noise. Partial outputs are rounded as well, each nearer to v than the whole. ``whole`` is o·w, and
+    ``moved``, (Σ p² ((v - o)·w)²)^½ or more, between ε and √2 ε of it for a row of which a share of ε is not v.
     """
     found = torch.zeros_like(whole)
     rounded = [(numerics.out, 1), (numerics.partial, numerics.partial_roundings)]

@@ -41,7 +41,7 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
 def curand_uniform(seed: int, subsequences: NDArray[np.uint64], offset: int = 0) -> NDArray[np.float64]:
     """The first ``curand_uniform`` behind ``curand_init(seed, subsequence, offset)``, in (0, 1], for each subsequence.
 
-    Both have 64 bits, and a negative one is the number that they say.
+    Seed and offset have 64 bits, and a negative one is the number that its bits say.
 
     The seed is the key; the counter has the number of the block in its lower half and the subsequence in its upper one
     (curand_philox4x32_x.h); a word x becomes x 2^-32 + 2^-33 in float32 (curand_uniform.h). Exact, as float64.

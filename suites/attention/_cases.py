@@ -264,16 +264,19 @@ def shortened(request: Request) -> Iterator[Request]:
     By large steps and by one; each may cost a worker.
     """
     queries, keys = request.qo_len, request.kv_len
-    for fewer in (-(-queries // 2), queries - 1):
-        yield from _unless_same(request, Request(qo_len=max(fewer, 1), kv_len=keys))
-        yield from _unless_same(request, Request(qo_len=max(fewer, 1), kv_len=max(keys - (queries - fewer), 1)))
-    for fewer in (*(keys - keys // part for part in (2, 4, 8)), *(keys - tile for tile in TILES), keys - 1):
-        yield from _unless_same(request, Request(qo_len=queries, kv_len=max(fewer, 1)))
-
-
-def _unless_same(request: Request, other: Request) -> Iterator[Request]:
-    if (other.qo_len, other.kv_len) < (request.qo_len, request.kv_len):
-        yield other
+    half = -(-queries // 2)
+    for fewer, left in (
+        (half, keys),
+        (half, keys - (queries - half)),
+        *((queries, keys - keys // part) for part in (2, 4, 8)),
+        *((queries, keys - tile) for tile in TILES),
+        (queries - 1, keys),
+        (queries - 1, keys - 1),
+        (queries, keys - 1),
+    ):
+        shorter = Request(qo_len=max(fewer, 1), kv_len=max(left, 1))
+        if (shorter.qo_len, shorter.kv_len) < (queries, keys):
+            yield shorter
 
 
 @cache
