@@ -182,7 +182,7 @@ class Operator:
     ``simpler(case)``: cases one step simpler, tried after Hypothesis has shrunk what it drew; must not cycle.
     ``relations``: the metamorphic relations that a case may name. ``paging``: which inputs are pages, if any.
     ``addresses``: other integer inputs that hold indices, each with the input whose leading dimension they count along,
-    or with that input and the dimension.
+    with that input and the dimension, or with a function of the case: how many things there are to count.
     ``distributions``: inputs each of whose rows is a probability distribution, unless an input strategy says otherwise.
     ``captures(case)``: draws cases whose tensors are nowhere smaller than those of ``case``, and equal in all that is
     not a leading dimension: what a CUDA graph may have been captured with before it is replayed for ``case``.
@@ -202,7 +202,7 @@ class Operator:
     simpler: Callable[[Case[Any]], Iterable[Case[Any]]] = _nothing_simpler
     relations: tuple[Relation, ...] = ()
     paging: Paging | None = None
-    addresses: Mapping[str, str | tuple[str, int]] = field(default_factory=dict)
+    addresses: Mapping[str, str | tuple[str, int] | Callable[[Case[Any]], int]] = field(default_factory=dict)
     distributions: tuple[str, ...] = ()
     captures: Callable[[Case[Any]], SearchStrategy[Case[Any]]] | None = None
     explain: Callable[[Case[Any], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], str | None] = _no_idea

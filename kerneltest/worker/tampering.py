@@ -84,7 +84,7 @@ def catalogue(
     """
     found = [
         *_of_inputs(kernel, inputs, device),
-        *_of_values(kernel, inputs),
+        *_of_values(kernel, case, inputs),
         *(one for name, spec in outputs.items() for one in _of_tensor("output", name, _empty(spec), device)),
         *_of_parameters(kernel, case, inputs, device),
         *(_of_workspace() if workspace else ()),
@@ -212,9 +212,9 @@ def _other_shapes(value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield "one dimension more", value.unsqueeze(0)
 
 
-def _of_values(kernel: Kernel, inputs: Mapping[str, torch.Tensor]) -> Iterator[Tampering]:
+def _of_values(kernel: Kernel, case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> Iterator[Tampering]:
     """What can be wrong with the values of indices, offsets, other integers, and parameters that lie in a tensor."""
-    ends = _ends(kernel, inputs)
+    ends = _ends(kernel, case, inputs)
     for name, value in inputs.items():
         if value.numel() == 0:
             continue
@@ -259,9 +259,10 @@ def _set(flat: torch.Tensor, position: int, number: float) -> None:
     flat[position] = number
 
 
-def _ends(kernel: Kernel, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def _ends(kernel: Kernel, case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The inputs that hold indices, each with the first one that is too large."""
-    return {
+    counted = {name: many(case) for name, many in kernel.operator.addresses.items() if callable(many)}
+    return {name: end for name, end in counted.items() if name in inputs} | {
         name: min(inputs[into].shape[dim] for into, dim in targets if into in inputs)
         for name, targets in _addressed(kernel).items()
         if name in inputs and any(into in inputs for into, _ in targets)
@@ -269,9 +270,13 @@ def _ends(kernel: Kernel, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _addressed(kernel: Kernel) -> dict[str, list[tuple[str, int]]]:
-    """The inputs that hold indices, each with the inputs that they count along, and the dimension."""
+    """The inputs that hold indices into others, each with the inputs that they count along, and the dimension."""
     operator = kernel.operator
-    addressed = {name: [(into, 0) if isinstance(into, str) else into] for name, into in operator.addresses.items()}
+    addressed = {
+        name: [(into, 0) if isinstance(into, str) else into]
+        for name, into in operator.addresses.items()
+        if not callable(into)
+    }
     if operator.paging is not None:
         addressed[operator.paging.table] = [(pages, 0) for pages in operator.paging.pages]
     return addressed

@@ -142,4 +142,5 @@ block_sparse = Operator(
     locate=locate,
     simpler=simpler,
     relations=tuple(map(_relation, RELATIONS)),
+    addresses={"indices": lambda case: case.axes.blocks_across},
 )

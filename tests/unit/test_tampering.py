@@ -115,6 +115,18 @@ def test_the_catalogue_of_values(found: dict[Any, Tampering]) -> None:
     assert falls.tolist() == [3, 1, 0]
 
 
+def test_indices_of_what_no_input_has_are_no_offsets() -> None:
+    # From 0 to the number of rows of another input, never falling: nothing but the operator tells them from offsets.
+    counts = kernel(operator=operator(addresses={"offsets": lambda case: case.axes.rows + 4}))
+    found = dict(catalogue(counts, case(), materialize(case()).inputs, CPU, outputs={}, workspace=False))
+    assert not said(found, "offsets", "indptr")
+    assert said(found, "offsets", "index out of range") == [
+        "offsets begins with -1",
+        "offsets begins with 7, of 7",
+        "offsets begins with 1048583, of 7",
+    ]
+
+
 def test_the_catalogue_of_parameters(found: dict[Any, Tampering]) -> None:
     assert said(found, "scale", "nan") == ["scale is NaN"]
     assert said(found, "rows", "parameter") == ["rows is 4 where the tensors have 3"]
