@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -226,10 +226,9 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     def with_requests(requests: list[Request]) -> Case[PagedPrefill]:
         return replace(case, axes=replace(axes, requests=tuple(requests)))
 
+    yield from map(with_requests, fewer(axes.requests))
     for number, request in enumerate(axes.requests):
         before, after = axes.requests[:number], axes.requests[number + 1 :]
-        if any(other.qo_len for other in (*before, *after)):
-            yield with_requests([*before, *after])
         for shorter in (
             replace(request, qo_len=1),
             replace(request, kv_len=1),
@@ -256,6 +255,14 @@ def simpler(case: Case[PagedPrefill]) -> Iterator[Case[PagedPrefill]]:
     # A row without keys has two causes, causal masking and an empty cache; the second is the plainer one.
     if axes.causal and len(axes.requests) == 1:
         yield replace(case, axes=replace(axes, causal=False, requests=(Request(qo_len=1, kv_len=0),)))
+
+
+def fewer(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """Half of the requests, or all but one of them, if somebody among them asks something."""
+    half = len(requests) // 2
+    parts = [requests[:half], requests[half:]] if len(requests) > 2 else []
+    parts += [[*requests[:number], *requests[number + 1 :]] for number in range(len(requests))]
+    yield from (list(part) for part in parts if any(request.qo_len for request in part))
 
 
 def shortened(request: Request) -> Iterator[Request]:

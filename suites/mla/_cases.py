@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kerneltest.model import Case, Relation, Size
 
-from ..attention._cases import INPUTS, WEIGHTS, shortened, with_more_keys
+from ..attention._cases import INPUTS, WEIGHTS, fewer, shortened, with_more_keys
 from ..attention.paged_prefill import DTYPES, LN_2, Request
 from ._axes import DEEPSEEK, SMALL, Dims, Mla
 
@@ -122,10 +122,7 @@ def simpler(case: Case[Mla]) -> Iterator[Case[Mla]]:
                 if (shorter.qo_len, shorter.kv_len) < (request.qo_len, request.kv_len):
                     yield with_requests([*before, shorter, *after])
 
-    for number in range(len(axes.requests)):
-        others = [request for index, request in enumerate(axes.requests) if index != number]
-        if any(request.qo_len for request in others):
-            yield with_requests(others)
+    yield from map(with_requests, fewer(axes.requests))
     yield from with_lengths({"qo_len": 1}, {"kv_len": 1})
     simplest: dict[str, Any] = {
         "dtype": DTYPES[0],

@@ -429,3 +429,24 @@ def test_simpler_steps_end_at_the_common_case_without_options(case: Case[Any]) -
         paged.materialize(case)
     assert axes_of.lacking(case.axes) is None
     assert (case.axes.dtype, case.axes.head_dim) == ("bfloat16", 128)
+
+
+def requests_of(case: Case[Any]) -> list[tuple[int, int]]:
+    return [(request.qo_len, request.kv_len) for request in case.axes.requests]
+
+
+def test_a_batch_is_halved_before_single_requests_go() -> None:
+    batch = case((1, 1), (2, 2), (0, 3), (0, 4))
+    tried = [requests_of(one) for one in paged.simpler(batch) if len(one.axes.requests) < 4]
+    # Of the second half nobody asks anything.
+    assert tried[0] == [(1, 1), (2, 2)]
+    assert [(0, 3), (0, 4)] not in tried
+    assert tried[1] == [(2, 2), (0, 3), (0, 4)]
+
+
+def test_a_request_is_shortened_along_its_diagonal() -> None:
+    tried = [requests_of(one)[0] for one in paged.simpler(case((10, 210)))]
+    # As many keys before the first query as there were: half of the queries, or one less.
+    assert (5, 205) in tried
+    assert (9, 209) in tried
+    assert {(10, 105), (10, 146), (10, 82), (10, 209), (5, 210)} <= set(tried)
