@@ -229,7 +229,7 @@ def _noise(terms: AttentionTerms, numerics: Numerics, row: _RowNoise, bound: tor
         moved = rounded if centred else rounded + whole * s2
         variance = (u_p * rounded).square() + (score * moved).square() + (weight.square() * own).sum(-1)
         bias = row.directed * terms.keys.sqrt() * moved + (others * weight.abs()).sum(-1)
-        bias = bias + _rounded_back(moved, whole, numerics)
+        bias = bias + _rounded_back(moved, whole, numerics.out.u)
         return slack * variance.sqrt(), slack * bias
 
     return Noise(
@@ -241,20 +241,16 @@ def _noise(terms: AttentionTerms, numerics: Numerics, row: _RowNoise, bound: tor
     )
 
 
-def _rounded_back(moved: torch.Tensor, whole: torch.Tensor, numerics: Numerics) -> torch.Tensor:
+def _rounded_back(moved: torch.Tensor, whole: torch.Tensor, u: float) -> torch.Tensor:
     """What rounding outputs may amount to along a filter where one value v makes up nearly all of a row.
 
     Values are numbers of the output's format, or a coarser one, so that v + δ is rounded back to v as long as |δ| is
     less than half a unit. Then the error is -δ in every channel, along v and not at random; of larger δ the channels'
-    mantissas make noise. Partial outputs are rounded as well, each nearer to v than the whole. ``whole`` is o·w, and
-    ``moved``, (Σ p² ((v - o)·w)²)^½ or more, between ε and √2 ε of it for a row of which a share of ε is not v.
+    mantissas make noise. Partial outputs that are rounded before add nothing: each is nearer to v than the whole.
+    ``whole`` is o·w, and ``moved``, (Σ p² ((v - o)·w)²)^½ or more, between ε and √2 ε of it for a row of which a share
+    of ε is not v. Of rows of many independent values it is about d^-½ or more, which is not that little.
     """
-    found = torch.zeros_like(whole)
-    rounded = [(numerics.out, 1), (numerics.partial, numerics.partial_roundings)]
-    for fmt, times in rounded:
-        back = torch.where(moved < ROUNDED_BACK * fmt.u * whole, torch.minimum(moved, fmt.u * whole), 0.0)
-        found += times * back
-    return found
+    return torch.where(moved < ROUNDED_BACK * u * whole, torch.minimum(moved, u * whole), 0.0)
 
 
 class _Lengths:

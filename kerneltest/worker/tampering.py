@@ -261,8 +261,10 @@ def _set(flat: torch.Tensor, position: int, number: float) -> None:
 
 def _ends(kernel: Kernel, case: Case[Any], inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The inputs that hold indices, each with the first one that is too large."""
-    counted = {name: many(case) for name, many in kernel.operator.addresses.items() if callable(many)}
-    return {name: end for name, end in counted.items() if name in inputs} | {
+    counted = {
+        name: many(case) for name, many in kernel.operator.addresses.items() if name in inputs and callable(many)
+    }
+    return counted | {
         name: min(inputs[into].shape[dim] for into, dim in targets if into in inputs)
         for name, targets in _addressed(kernel).items()
         if name in inputs and any(into in inputs for into, _ in targets)

@@ -15,7 +15,8 @@ from hypothesis import given
 
 from kerneltest import discovery
 from kerneltest.engine.chase import draw
-from kerneltest.model import Case, Size, encode
+from kerneltest.model import Case, Device, Kernel, Size, encode
+from kerneltest.worker.tampering import catalogue
 
 PACKAGE = f"{discovery.PACKAGE}.attention"
 ragged = importlib.import_module(f"{PACKAGE}.ragged_prefill").ragged_prefill
@@ -325,3 +326,28 @@ def test_draws_reach_each_option_alone_and_with_the_common_kind(operator: Any) -
     assert {(axes.dtype, axes.head_dim) for axes, names in asked if names} == {("bfloat16", 128)}
     assert len({(axes.dtype, axes.head_dim) for axes, names in asked if not names}) == 3
     assert sum(not axes.return_lse for axes, _ in asked) >= len(set(seen)) / 20
+
+
+def test_block_columns_that_look_like_offsets_are_indices() -> None:
+    axes = importlib.import_module(f"{PACKAGE}._block_sparse_axes").BlockSparse(
+        rows=2,
+        columns=8,
+        block_rows=2,
+        block_columns=4,
+        dtype="float32",
+        head_dim=128,
+        kv_heads=1,
+        group=1,
+        masked=True,
+    )
+    seeds = (Case(operator="block_sparse", axes=axes, inputs="generic", seed=seed) for seed in range(100))
+    case = next(one for one in seeds if sparse.pattern(one)["indices"].tolist() == [0, 1])
+    inputs = block_sparse.materialize(case).inputs
+    assert len(inputs["k"]) == 8
+    kernel = Kernel(name="sparse", operator=block_sparse, launch=lambda call: call.outputs)
+    host = Device(kind="cpu", ordinal=0, name="CPU", sm=(0, 0), units=1)
+    found = [one.misuse for one in catalogue(kernel, case, inputs, host, outputs={}, workspace=False).values()]
+    values = {one.says: one.kind for one in found if one.argument == "indices" and "begins with" in one.says}
+    assert values.keys() >= {"begins with -1", "begins with 2, of 2"}
+    assert set(values.values()) == {"index out of range"}
+    assert not [one for one in found if one.argument == "indices" and one.kind == "indptr"]
