@@ -99,6 +99,11 @@ def pack(masks: Sequence[torch.Tensor], random: torch.Generator) -> tuple[torch.
     return torch.cat(packed), torch.tensor(begins, dtype=torch.int32)
 
 
+def first_byte(axes: PagedPrefill, number: int) -> int:
+    """Where the bits of a request's mask begin: what ``mask_indptr`` says, without a look at what the device holds."""
+    return sum(-(-request.qo_len * request.kv_len // 8) for request in axes.requests[:number])
+
+
 def unpack(packed: torch.Tensor, begin: int, request: Request) -> torch.Tensor:
     """The mask [qo_len, kv_len] whose bits begin at byte ``begin``."""
     count = request.qo_len * request.kv_len
