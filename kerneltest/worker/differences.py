@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from kerneltest.model import Finding, Pattern
+from kerneltest.model import Finding, Pattern, Place
 from kerneltest.oracle.rounding import interval
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.memory import Damage
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # How often a pair of launches is repeated before its difference is blamed on anything else.
 REPEATS = 3
+# The chance, at most, that of the elements which move by themselves any seems to follow what a place held.
+BY_CHANCE = 2.0**-20
 
 
 def difference(
@@ -77,37 +80,57 @@ def unstable(execution: Execution, *observations: Observation) -> Finding | None
 
 
 def _stale_all_the_same(execution: Execution) -> Finding | None:
-    """Whether some elements hold still, and are one thing or another by what a hidden place was filled with.
+    """Whether some elements are one thing or another by what a hidden place was filled with.
 
-    A kernel that reads stale memory moves by itself where its own blocks leave some for each other. Where elements move
-    by chance a few seem to hold still: the place that most depend on is the one.
+    A kernel that reads stale memory moves by itself where its own blocks leave some for each other. An element that
+    moves by chance seems to follow anything: one that is as often one thing as another follows n pairs of launches with
+    a probability of 2^(1 - 2n). There are so many pairs that this happens to none with more than :data:`BY_CHANCE`; the
+    place that most elements follow is the one.
     """
-    zero, most = execution.uniform(Pattern.ZERO), 0
+    places, most = execution.rig.poisoner.hidden_places, 0
     found: Finding | None = None
-    for place in execution.rig.poisoner.hidden_places:
-        clean = [execution.observe(zero) for _ in range(REPEATS)]
-        filled = [execution.observe({**zero, place: Pattern.NAN}) for _ in range(REPEATS)]
-        if any(seen.problem for seen in (*clean, *filled)):
-            continue
-        for name, a in clean[0].outputs.items():
-            b = filled[0].outputs[name]
-            differs = unequal(a, b)
-            for one, other in zip(clean, filled, strict=True):
-                differs &= ~unequal(a, one.outputs[name]) & ~unequal(b, other.outputs[name])
-            if int(differs.sum()) > most:
-                most = int(differs.sum())
+    for place in places:
+        clean, filled, followers = _followers(execution, place, len(places))
+        for name, followed in followers.items():
+            if int(followed.sum()) > most:
+                most = int(followed.sum())
                 found = finding(
                     execution,
                     "StaleState",
                     key=place.value,
-                    what=f"{name}: {share(differs)} depend on what the {place.value} held before the launch",
+                    what=f"{name}: {share(followed)} depend on what the {place.value} held before the launch",
                     details=(
                         "other elements differ between identical launches",
-                        two_values(execution, name, first(differs), filled[0], clean[0]),
+                        two_values(execution, name, first(followed), filled, clean),
                     ),
                     culprit=place.value,
                 )
     return found
+
+
+def _followers(
+    execution: Execution, place: Place, places: int
+) -> tuple[Observation, Observation, dict[str, torch.Tensor]]:
+    """A launch with the place clean, one with it filled, and which elements of each output differ as these do.
+
+    Both are launched in turn, so that nothing that changes only once looks like the place's doing.
+    """
+    zero = execution.uniform(Pattern.ZERO)
+    clean, filled = execution.observe(zero), execution.observe({**zero, place: Pattern.NAN})
+    if clean.problem or filled.problem:
+        return clean, filled, {}
+    followers = {name: unequal(value, filled.outputs[name]) for name, value in clean.outputs.items()}
+    elements = sum(mask.numel() for mask in followers.values())
+    for _ in range(math.ceil((1 + math.log2(max(elements, 1) * places / BY_CHANCE)) / 2) - 1):
+        for before in (clean, filled):
+            if not any(bool(mask.any()) for mask in followers.values()):
+                return clean, filled, {}
+            again = execution.observe(before.plan)
+            if again.problem:
+                return clean, filled, {}
+            for name, mask in followers.items():
+                mask.logical_and_(~unequal(before.outputs[name], again.outputs[name]))
+    return clean, filled, followers
 
 
 def unequal(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
