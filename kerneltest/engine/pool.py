@@ -215,9 +215,8 @@ class WorkerPool:
             if answer.returncode == NOT_THE_KERNELS:
                 raise WorkerFailed("\n  ".join(("an error that is not the kernel's ended its worker:", *answer.stderr)))
             seconds = time.monotonic() - begun
-            return Outcome(
-                status=Status.FAILED, seconds=seconds, finding=_death(job.kernel, answer, seconds), fatal=True
-            )
+            finding = _death(job.kernel, answer, seconds, compiled=modules <= self._took.keys())
+            return Outcome(status=Status.FAILED, seconds=seconds, finding=finding, fatal=True)
         outcome = decode(Outcome, answer)
         if outcome.launches:  # a case that was refused has compiled nothing
             self._note(modules, time.monotonic() - begun)
@@ -296,10 +295,12 @@ class InProcess:
         """Nothing to give back."""
 
 
-def _death(kernel: Kernel, death: Death, seconds: float) -> Finding:
+def _death(kernel: Kernel, death: Death, seconds: float, *, compiled: bool) -> Finding:
+    """What a worker's end says; ``compiled``: there was nothing to compile that no worker had compiled before."""
     lines = tuple(f"stderr: {line}" for line in death.stderr)
     if death.returncode is None:
-        what = f"no answer after {seconds:.1f} s; the worker was killed"
+        compiler = "" if compiled else ", or it was still being compiled"
+        what = f"no answer after {seconds:.1f} s{compiler}; the worker was killed"
         return Finding(kind="Hung", kernel=kernel.name, key="deadline", what=what, details=lines)
     how = _how_it_ended(death)
     return Finding(kind="Crashed", kernel=kernel.name, key=how, what=f"the worker process died: {how}", details=lines)

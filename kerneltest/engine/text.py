@@ -55,6 +55,8 @@ def _opinion(outcome: Outcome) -> str:
     """What another kernel's outcome says about the case."""
     if outcome.status is Status.UNSUPPORTED:
         return f"does not support this case: {outcome.reason}"
+    if outcome.finding and outcome.finding.kind == "Hung":  # which may be the compiler
+        return f"said nothing of this case: {outcome.finding.what}"
     if outcome.finding:
         return f"fails on this case: {outcome.finding.kind}: {outcome.finding.what}"
     return "agrees with the reference on this case"

@@ -17,7 +17,7 @@ import pytest
 
 from kerneltest import discovery
 from kerneltest.engine.job import Job
-from kerneltest.engine.pool import SLOWER, WorkerFailed, WorkerPool, threads
+from kerneltest.engine.pool import SLOWER, Death, WorkerFailed, WorkerPool, threads
 from kerneltest.model import Outcome, Start, Started, Status, encode
 from kerneltest.model.messages import NOT_THE_KERNELS
 from kerneltest.worker.__main__ import serve
@@ -189,6 +189,23 @@ def test_a_launch_that_does_not_come_back_is_killed_at_its_deadline(pooled: Pool
     assert (outcome.finding.kind, outcome.finding.kernel) == ("Hung", "pooled.hang")
     assert outcome.finding.what == f"no answer after {outcome.seconds:.1f} s; the worker was killed"
     assert DEADLINE <= outcome.seconds <= pooled.seconds["hung"] < 20 * DEADLINE
+
+
+def test_a_hang_says_whether_it_may_have_been_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = WorkerPool(Start(device="cpu", suite_roots=(), libraries=()), {})
+    hung: Any = SimpleNamespace(warm=set(), ask=lambda message, patience: Death(returncode=None, stderr=()))
+    monkeypatch.setattr(pool, "_ready", lambda: hung)
+    module = ("own", "")
+    job: Any = SimpleNamespace(module=module, modules={module}, message={}, kernel=SimpleNamespace(name="own"))
+
+    def said() -> str:
+        finding = pool.run(job, deadline=1.0, cold=100.0).finding
+        assert finding is not None
+        return finding.what
+
+    assert said() == "no answer after 0.0 s, or it was still being compiled; the worker was killed"
+    pool._note({module}, 2.0)
+    assert said() == "no answer after 0.0 s; the worker was killed"
 
 
 def test_a_new_worker_does_not_get_the_time_of_a_compiler_for_what_has_run_before(pooled: Pooled) -> None:

@@ -14,6 +14,7 @@ from attention_cases import paged
 from kerneltest.engine.hunt import Target, hunt, replay
 from kerneltest.engine.job import Job
 from kerneltest.engine.profile import PROFILES
+from kerneltest.engine.text import failure_text
 from kerneltest.model import Case, Device, Finding, Kernel, Outcome, Started, Status
 
 CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
@@ -266,6 +267,16 @@ def test_other_kernels_are_asked_about_the_minimal_case() -> None:
         ("one", "two"), Status.PASSED
     )
     assert rule.asked[-2:] == [caught.case] * 2
+
+
+def test_a_peer_that_did_not_answer_has_not_failed() -> None:
+    """It may have been compiled all the time."""
+    caught = hunt(beside("one"), Rule(lambda c: "Mismatch" if c.axes.causal else None), QUICK, 1).caught
+    assert caught is not None
+    finding = Finding(kind="Hung", kernel="one", key="deadline", what="no answer after 120.6 s; the worker was killed")
+    hung = Outcome(status=Status.FAILED, finding=finding, fatal=True)
+    lines = failure_text(replace(caught, peers={"one": hung}), Started(device=CPU), None, 1).splitlines()
+    assert f"  one said nothing of this case: {finding.what}" in lines
 
 
 def test_a_peer_that_kills_the_worker_is_not_the_kernels_crash() -> None:
