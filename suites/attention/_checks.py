@@ -97,12 +97,30 @@ def require_within(name: str, indices: torch.Tensor, end: int) -> None:
     """Raise ValueError for an index that is not from 0 to ``end`` - 1. Waits for the device, which cannot be done while
     a CUDA graph is captured: then nothing is checked.
     """
-    import torch
-
-    if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _is_captured(indices):
         return
     if indices.numel() and bool(((indices < 0) | (indices >= end)).any()):
         raise ValueError(f"{name} must be from 0 to {end - 1}, got {int(indices.min())} to {int(indices.max())}")
+
+
+def require_bits(call: Call) -> None:
+    """Raise ValueError for a packed mask that begins before the first byte, or ends behind the last. Waits for the
+    device, as :func:`require_within` does.
+    """
+    axes, inputs = call.case.axes, call.inputs
+    if axes.packed_mask and not _is_captured(inputs["mask_indptr"]):
+        end = len(inputs["packed_mask"])
+        for begin, request in zip(inputs["mask_indptr"].tolist(), axes.requests, strict=False):
+            if begin < 0 or begin + -(-request.qo_len * request.kv_len // 8) > end:
+                raise ValueError(
+                    f"mask_indptr: a mask of {request.qo_len} x {request.kv_len} bits begins at byte {begin} of {end}"
+                )
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    import torch
+
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _worded(shape: Sequence[int]) -> str:

@@ -69,7 +69,7 @@ def mask_of(axes: PagedPrefill, inputs: Mapping[str, torch.Tensor], number: int)
     """The mask of a request, from the bits where they are packed."""
     if not axes.packed_mask:
         return _masks.masks(axes, inputs)[number]
-    return _masks.unpack(inputs["packed_mask"], _masks.first_byte(axes, number), axes.requests[number])
+    return _masks.unpack(inputs["packed_mask"], inputs["mask_indptr"][number], axes.requests[number])
 
 
 def attend(part: Part, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -99,14 +99,12 @@ def pack(masks: Sequence[torch.Tensor], random: torch.Generator) -> tuple[torch.
     return torch.cat(packed), torch.tensor(begins, dtype=torch.int32)
 
 
-def first_byte(axes: PagedPrefill, number: int) -> int:
-    """Where the bits of a request's mask begin: what ``mask_indptr`` says, without a look at what the device holds."""
-    return sum(-(-request.qo_len * request.kv_len // 8) for request in axes.requests[:number])
+def unpack(packed: torch.Tensor, begin: torch.Tensor, request: Request) -> torch.Tensor:
+    """The mask [qo_len, kv_len] whose bits begin at byte ``begin``, int [].
 
-
-def unpack(packed: torch.Tensor, begin: int, request: Request) -> torch.Tensor:
-    """The mask [qo_len, kv_len] whose bits begin at byte ``begin``."""
+    It stays on the device: a launch that waits for it could not be captured in a CUDA graph.
+    """
     count = request.qo_len * request.kv_len
-    some = packed[begin : begin + -(-count // 8)]
+    some = packed[begin.long() + torch.arange(-(-count // 8), device=packed.device)]
     bits = (some.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
     return bits.flatten()[:count].view(request.qo_len, request.kv_len).bool()

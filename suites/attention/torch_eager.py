@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kerneltest.model import FORMATS, FP32, IEEE_FP32, Call, Case, Device, Kernel, Numerics
 
-from ._checks import check_paged, require_within
+from ._checks import check_paged, require_bits, require_within
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     axes, outputs = call.case.axes, call.outputs
     check_paged(call, *READ, *outputs)
     require_within("kv_indices", call.inputs["kv_indices"], call.inputs["k_pages"].shape[0])
+    require_bits(call)
     for part in _eager.parts(axes, call.inputs):
         out, lse = _eager.attend(part, axes.scale)
         outputs["out"][part.rows] = out.to(outputs["out"].dtype)

@@ -11,7 +11,7 @@ from kerneltest.model import Call, Case, Device, Kernel, LaunchContract, Numeric
 from kerneltest.model.numerics import EX2_APPROX, FORMATS, FP32, IEEE_FP32, WGMMA_16BIT
 
 from ._axes import OPTIONS, lacking
-from ._checks import check_paged, require_rows, require_within
+from ._checks import check_paged, require_bits, require_rows, require_within
 from .paged_prefill import PagedPrefill, paged_prefill
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
     check_paged(call, "q", "k_pages", "v_pages", "kv_indices", "custom_mask", "packed_mask", "mask_indptr")
     require_rows("q", x["q"])
     require_within("kv_indices", x["kv_indices"], x["k_pages"].shape[0])
+    require_bits(call)
     caches = {"k": (by_slot(axes, x["k_pages"]), axes.k_scale), "v": (by_slot(axes, x["v_pages"]), axes.v_scale)}
     backend = SDPBackend.FLASH_ATTENTION if call.device.kind == "cpu" else SDPBackend.EFFICIENT_ATTENTION
     first_row = first_page = 0

@@ -385,7 +385,7 @@ def test_a_mask_shows_every_query_a_key_and_is_the_same_in_bits(case: Case[Any])
         assert len(packed) == -(-size // 8)
         expected = np.unpackbits(packed.numpy(), bitorder="little")[:size].astype(bool)
         assert np.array_equal(bits.flatten().numpy(), expected)
-        assert torch.equal(masks.unpack(inputs["packed_mask"], begins[number], request), bits)
+        assert torch.equal(masks.unpack(inputs["packed_mask"], inputs["mask_indptr"][number], request), bits)
 
 
 def test_a_tree_shows_ancestors_and_everything_before_it() -> None:
