@@ -110,15 +110,21 @@ class _Company:
         )
 
     def _set_aside(self, sequence: LaunchSequence) -> bool:
-        """Whether one of its cases, with nothing around it, is to blame for what came of a sequence."""
+        """Whether one of its cases, with nothing around it, is to blame for what came of a sequence.
+
+        Not where the sequence ran: it may have left there what makes the case fail.
+        """
         for case in dict.fromkeys(sequence.cases):
             bare = LaunchSequence(case=case)
-            outcome = self._blamed_on_what_is_unmapped(self.play(bare), bare)
-            if outcome.finding:
-                self.aside[case] = outcome
+            for _ in range(CONFIRMATIONS):  # one that fails by chance needs no company either
+                outcome = self._blamed_on_what_is_unmapped(self.play(bare, runner=self.quiet), bare)
+                if outcome.finding:
+                    self.aside[case] = outcome
+                    break
         return self._needs_no_company(sequence)
 
-    def play(self, sequence: LaunchSequence, guarded: str | None = None) -> Outcome:
+    def play(self, sequence: LaunchSequence, guarded: str | None = None, runner: Runner | None = None) -> Outcome:
+        """Play it in that worker, or in the one for sequences."""
         neighbours = {step.kernel: self.neighbours.targets[step.kernel] for step in sequence.neighbours}
         company = Company(
             sequence=sequence,
@@ -126,7 +132,7 @@ class _Company:
             fresh=self.digest(sequence.case),
             suspect=self.chase.prey.key if self.chase.prey else None,
         )
-        return self._run(self.runner, self.target, sequence.case, company, guarded)
+        return self._run(runner or self.runner, self.target, sequence.case, company, guarded)
 
     def digest(self, case: Case[Any]) -> str | None:
         """What the case alone gives where nothing but launches alone ever ran; None if that cannot be told."""
@@ -270,10 +276,10 @@ def replay_sequence(
 
 
 def _chase_what_fails_alone(state: _Company) -> None:
-    """No company did anything: what was set aside is all there is to report."""
+    """No company did anything: what was set aside is all there is to report, the simplest that fails again."""
     state.company_only, chase = False, state.chase
     chase.outcomes = {one: outcome for one, outcome in chase.outcomes.items() if outcome.reason != FAILS_ALONE}
-    chase.shows_prey(LaunchSequence(case=min(state.aside, key=simplicity)))
+    any(chase.shows_prey(LaunchSequence(case=case)) for case in sorted(state.aside, key=simplicity))
 
 
 def _trail(state: _Company, cast: Cast | None) -> Trail:
@@ -304,7 +310,7 @@ def _unchecked(state: _Company, cast: Cast | None) -> dict[str, str]:
     told |= {f"{kernel}: after {name}": "the worker died of it alone" for name in sorted(others.lethal)}
     told |= {f"{kernel}: after {name} with {data.value}": why for (name, data), why in others.spoilt.items()}
     told |= {f"{kernel}: after {name} with nan or inf": why for name, why in cast.finite.items()}
-    if state.aside and state.company_only:
+    if state.aside and (state.company_only or state.chase.minimal is None):
         kinds = sorted({_verdict(outcome) for outcome in state.aside.values()})
         told[f"{kernel}: {len(state.aside)} of its cases in company"] = f"they fail alone: {'; '.join(kinds)}"
     for name in sorted(others.targets.keys() - cast.neighbours.keys()) if "neighbour" in cast.kinds else ():

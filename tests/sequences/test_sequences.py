@@ -27,6 +27,7 @@ PLANTED: dict[str, tuple[str, str | None, list[str]]] = {
     "memory": ("StaleState", "workspace", ["reuse"]),
     "table": ("StaleState", "workspace", ["page_table"]),
     "shape": ("StaleState", PROCESS, []),
+    "outlives": ("StaleState", "something that outlives the launches", ["again"]),
     "one_plan": ("Mismatch", None, ["again"]),
     "stray": ("OutOfBounds", None, ["again"]),
     "repeat": ("Nondeterministic", None, ["repeat"]),

@@ -141,9 +141,16 @@ def has(sequence: LaunchSequence, step: type[Any], **fields: Any) -> bool:
     )
 
 
-def hunted(runner: Runner, seed: int = 1, profile: Any = PROFILE, kinds: Collection[str] = tuple(STEPS)) -> Trail:
-    quiet = Runner(name="quiet", guards=runner.started.no_guards is None)
-    return hunt_sequences(TARGET, Neighbours(targets=NEIGHBOURS, seed=1), runner, quiet, profile, seed, kinds)
+def hunted(
+    runner: Runner,
+    seed: int = 1,
+    profile: Any = PROFILE,
+    kinds: Collection[str] = tuple(STEPS),
+    quiet: Rule | None = None,
+) -> Trail:
+    """``quiet``: what is said of launches alone where no sequence ever ran; the same if it is not given."""
+    other = Runner(quiet or runner.rule, name="quiet", guards=runner.started.no_guards is None)
+    return hunt_sequences(TARGET, Neighbours(targets=NEIGHBOURS, seed=1), runner, other, profile, seed, kinds)
 
 
 def caught(runner: Runner, seed: int = 1, kinds: Collection[str] = tuple(STEPS)) -> tuple[Caught, LaunchSequence]:

@@ -77,6 +77,37 @@ def test_what_fails_alone_is_reported_if_company_does_nothing() -> None:
     assert unchecked(trail) == {}
 
 
+def test_a_case_that_fails_alone_where_a_sequence_ran_may_be_right_where_none_did() -> None:
+    """What a sequence leaves in its process makes the case fail there, and is not to hide the sequence."""
+    spoilt = []
+
+    def rule(sequence: LaunchSequence) -> str | None:
+        if has(sequence, EmptyCache):
+            spoilt.append(sequence)
+            return "StaleState"
+        return "Mismatch" if spoilt else None
+
+    found = hunted(Runner(rule), quiet=lambda sequence: None).caught
+    assert found is not None
+    assert found.finding.kind == "StaleState"
+    assert found.sequence is not None
+    assert [step.kind for step in found.sequence.steps] == ["empty_cache"]
+
+
+def test_what_failed_alone_once_is_told_if_it_does_not_again() -> None:
+    failed = []
+
+    def once(sequence: LaunchSequence) -> str | None:
+        if requests(sequence) == 2 and not failed:
+            failed.append(sequence)
+            return "Mismatch"
+        return None
+
+    trail = hunted(Runner(once), quiet=lambda s: "Mismatch" if requests(s) == 2 else None)
+    assert trail.caught is None
+    assert unchecked(trail) == {"rule: 1 of its cases in company": "they fail alone: Mismatch: by rule"}
+
+
 def test_a_case_that_kills_the_worker_alone_is_not_launched_before_others() -> None:
     def rule(sequence: LaunchSequence) -> str | None:
         return "dead" if any(len(one.axes.requests) == 2 for one in sequence.cases) else None

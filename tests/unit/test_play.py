@@ -146,6 +146,48 @@ def test_what_a_sequence_leaves_behind_in_the_process_shows_in_the_next_launch_a
     assert outcome.fatal
 
 
+def spoilt_by_company(amount: Callable[[], float]) -> Callable[[Call], Outputs]:
+    """Right when it is launched for the first time, and off by ``amount`` ever after."""
+    launches = itertools.count()
+
+    def launch(call: Call) -> Outputs:
+        right(call)
+        if next(launches):
+            call.outputs["lse"] += amount()
+        return call.outputs
+
+    return launch
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_company_leaves_in_the_process_is_not_taken_for_chance(rig: Rig, deterministic: bool) -> None:
+    outcome = played(kernel(spoilt_by_company(lambda: 1.0), deterministic=deterministic), rig, Reuse())
+    assert (outcome.finding.kind, outcome.finding.key) == ("StaleState", "process, afterwards")
+    assert outcome.finding.what.endswith("are not what they are alone; neither is the kernel alone from then on")
+    assert outcome.fatal
+
+
+def test_a_process_in_which_a_kernel_moves_since_company_was_there_is_not_used_again(rig: Rig) -> None:
+    fresh = play_alone(kernel(), LaunchSequence(case=CASE), rig).digest
+    chance = random.Random(1)
+    outcome = played(kernel(spoilt_by_company(chance.random)), rig, Reuse(), fresh=fresh)
+    assert (outcome.finding.kind, outcome.fatal) == ("Nondeterministic", True)
+
+
+def test_a_process_that_is_as_it_was_is_used_again(rig: Rig) -> None:
+    fresh = play_alone(kernel(), LaunchSequence(case=CASE), rig).digest
+    launches = itertools.count(1)
+
+    def once(call: Call) -> Outputs:
+        right(call)
+        if next(launches) == 3:  # behind alone, and the step
+            call.outputs["lse"] += 1
+        return call.outputs
+
+    outcome = played(kernel(once), rig, Reuse(), fresh=fresh)
+    assert (outcome.status, outcome.fatal) == (Status.FAILED, False)
+
+
 def test_a_kernel_that_declares_nothing_is_not_a_crash(rig: Rig) -> None:
     silent = Kernel(name="k", operator=paged.paged_prefill, launch=right)
     for outcome in (played(silent, rig), play_alone(silent, LaunchSequence(case=CASE), rig)):

@@ -76,6 +76,27 @@ class _Play:
     def differs(self, seen: Observation) -> tuple[str, torch.Tensor] | tuple[None, None]:
         return difference(self.execution, seen, self.alone, exact=self.exact)
 
+    def is_changed(self) -> bool:
+        """Whether alone, and steadily, it is something else than before: what the sequence left is there to stay."""
+        first, *more = afterwards = self._afterwards()
+        return self._are_different(afterwards) and all(
+            difference(self.execution, seen, first)[0] is None for seen in more
+        )
+
+    def is_spoilt(self) -> bool:
+        """Whether nothing that this process says from now on is to be believed.
+
+        What moved by itself before the sequence as well would not have been what a fresh worker gives.
+        """
+        return self.performance is not None and self.fresh is not None and self._are_different(self._afterwards())
+
+    def _afterwards(self) -> list[Observation]:
+        """Launches alone, on buffers of their own."""
+        return [self.execution.observe(self.alone.plan) for _ in range(REPEATS)]
+
+    def _are_different(self, launches: list[Observation]) -> bool:
+        return all(difference(self.execution, seen, self.alone)[0] is not None for seen in launches)
+
     def shows(self, launch: int, clean: Place | None = None) -> bool:
         """Whether that launch of another performance differs from the kernel alone."""
         return self.differs(self.perform(clean and (clean, launch)).launches[launch])[0] is not None
@@ -108,6 +129,7 @@ def play(
     try:
         execution.observations.append(execution.observe(execution.uniform(Pattern.ZERO)))
         found = next((found for check in CHECKS if (found := check(playing))), None)
+        fatal = found is not None and (found.key == AFTERWARDS or playing.is_spoilt())
     except Unsupported as error:
         # A neighbour that raised may have taken the device context with it.
         lost = devices.context_is_lost(rig.device)
@@ -119,7 +141,7 @@ def play(
         seconds=time.perf_counter() - start,
         launches=execution.launches,
         finding=found and explained(execution, found),
-        fatal=found is not None and found.key == AFTERWARDS,
+        fatal=fatal,
         used=playing.used,
         digest=digest(playing.alone),
         repeated=_repeated(playing),
@@ -231,14 +253,8 @@ def alone_it_is_afterwards_what_it_was_before(playing: _Play) -> Finding | None:
     name, moved = difference(execution, seen, playing.alone)
     if name is None or moved is None:
         return None
-    return finding(
-        execution,
-        "StaleState",
-        key=AFTERWARDS,
-        what=f"{name}: {share(moved)} are not what they were before, in a launch that shares nothing with the sequence",
-        details=(two_values(execution, name, first(moved), seen, playing.alone),),
-        culprit="something that outlives the launches",
-    )
+    what = f"{name}: {share(moved)} are not what they were before, in a launch that shares nothing with the sequence"
+    return _outliving(execution, what, two_values(execution, name, first(moved), seen, playing.alone))
 
 
 def alone_it_is_right(playing: _Play) -> Finding | None:
@@ -269,7 +285,8 @@ CHECKS: tuple[Callable[[_Play], Finding | None], ...] = (
 def _blamed(playing: _Play, name: str, differs: torch.Tensor, seen: Observation, launch: int) -> Finding:
     """Which place carried the difference, told by making one place at a time harmless before that launch."""
     execution, alone = playing.execution, playing.alone
-    if execution.kernel.deterministic and (moving := unstable(execution, alone)):
+    is_changed = playing.is_changed()
+    if not is_changed and execution.kernel.deterministic and (moving := unstable(execution, alone)):
         return moving
     spoilt = differs & ~seen.outputs[name].isfinite() & alone.outputs[name].isfinite()
     are = "are NaN or Inf" if bool((spoilt == differs).all()) else "are not"
@@ -277,6 +294,10 @@ def _blamed(playing: _Play, name: str, differs: torch.Tensor, seen: Observation,
     what = what or f"{name}: {share(differs)} {are}, and alone they are not"
     what += " when launched once more" if launch else ""
     values = two_values(execution, name, first(differs), seen, alone)
+    if is_changed:
+        because = wrong(execution, seen)
+        what += "; neither is the kernel alone from then on"
+        return _outliving(execution, what, values, *((because.what, *because.details) if because else ()))
     for place in sorted(execution.places, key=lambda place: place.value != playing.suspect):
         if all(playing.shows(launch) and not playing.shows(launch, place) for _ in range(REPEATS)):
             return finding(
@@ -290,6 +311,17 @@ def _blamed(playing: _Play, name: str, differs: torch.Tensor, seen: Observation,
     if found := wrong(execution, seen):
         return replace(found, details=(what, *found.details, values), by_chance=False)
     return finding(execution, "Nondeterministic", key=f"{name}, in company", what=what, details=(values,))
+
+
+def _outliving(execution: Execution, what: str, *details: str) -> Finding:
+    return finding(
+        execution,
+        "StaleState",
+        key=AFTERWARDS,
+        what=what,
+        details=details,
+        culprit="something that outlives the launches",
+    )
 
 
 def _repeated(playing: _Play) -> tuple[int, int] | None:
