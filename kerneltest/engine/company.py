@@ -82,10 +82,10 @@ class _Company:
         outcome = self.play(sequence)
         if outcome.fatal and outcome.status is Status.UNSUPPORTED and len(_spoilt(sequence)) == 1:
             self.neighbours.spoilt[_spoilt(sequence)[0]] = outcome.reason or ""
-        elif outcome.fatal and (guilty := self._lethal_neighbour(sequence)):
+        elif outcome.died and (guilty := self._lethal_neighbour(sequence)):
             self.neighbours.lethal.add(guilty)
             return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {guilty} kills the worker by itself")
-        elif outcome.fatal and (why := self._ended_by_its_data(sequence)):
+        elif outcome.died and (why := self._ended_by_its_data(sequence)):
             return Outcome(status=Status.UNSUPPORTED, reason=why)
         outcome = self._blamed_on_what_is_unmapped(outcome, sequence)
         if outcome.finding and self.company_only and self.chase.prey is None and self._set_aside(sequence):
@@ -162,7 +162,7 @@ class _Company:
         """A neighbour whose launch, all alone, ends the worker as well. It has a hunt of its own to answer for it."""
         for step in sequence.neighbours:
             other = self.neighbours.targets[step.kernel]
-            if step.kernel != self.target.kernel.name and self.alone(self.runner, other, step.case).fatal:
+            if step.kernel != self.target.kernel.name and self.alone(self.runner, other, step.case).died:
                 return step.kernel
         return None
 
@@ -177,7 +177,7 @@ class _Company:
                 neighbours={step.kernel: (other.kernel, other.source)},
             )
             outcome = self._run(self.runner, other, step.case, company)
-            if outcome.fatal and outcome.finding:
+            if outcome.died and outcome.finding:
                 why = f"the neighbour {step.kernel} does not survive {step.data.value}: {outcome.finding.what}"
                 return self.neighbours.spoilt.setdefault((step.kernel, step.data), why)
         return None
@@ -192,7 +192,7 @@ class _Company:
             return outcome
         prey = self.chase.prey
         if prey is None or prey.kind not in ("Crashed", "OutOfBounds"):
-            beyond = not self.play(sequence.without(far.index(True))).fatal
+            beyond = not self.play(sequence.without(far.index(True))).died
         else:
             beyond = prey.kind == "OutOfBounds"
         return replace(outcome, finding=_far_out_of_bounds(finding)) if beyond else outcome

@@ -35,12 +35,12 @@ def blamed_on_the_guard(
     worker each time.
     """
     finding = outcome.finding
-    if finding is None or not outcome.fatal or case.guard is Guard.NONE:
+    if finding is None or not outcome.died or case.guard is Guard.NONE:
         return outcome
     if finding.kind == "Hung" or finding.key in NO_PAGES_DOING:
         return outcome
     if prey is None or prey.kind not in ("Crashed", "OutOfBounds"):
-        beyond = not ask(replace(case, guard=Guard.NONE)).fatal
+        beyond = not ask(replace(case, guard=Guard.NONE)).died
     else:
         beyond = prey.kind == "OutOfBounds"
     return replace(outcome, finding=out_of_bounds(finding, case.guard)) if beyond else outcome
@@ -53,7 +53,7 @@ def named(finding: Finding, case: Case[Any], ask: Callable[[Case[Any], str | Non
     if finding.kind != "OutOfBounds" or case.guard is Guard.NONE or not finding.key.startswith("guard page"):
         return finding
     buffers = ask(replace(case, guard=Guard.NONE), None).buffers
-    guilty = next((buffer for buffer in buffers if ask(case, buffer).fatal), None)
+    guilty = next((buffer for buffer in buffers if ask(case, buffer).died), None)
     if guilty is None:
         return finding
     edge = "behind the end" if case.guard is Guard.AFTER else "before the beginning"

@@ -149,10 +149,10 @@ class _Hunt:
     def _run(self, case: Case[Any]) -> Outcome:
         peer = self._peer(case)
         outcome = self._ask(case, peer)
-        if outcome.fatal and peer:
+        if outcome.died and peer:
             # Whose fault was it? The peer has a hunt of its own to answer for what it does.
             alone = self._ask(case, None)
-            if not alone.fatal:
+            if not alone.died:
                 self.lethal_peers.add(peer.kernel.name)
                 outcome = alone
         if outcome.status is Status.PASSED:

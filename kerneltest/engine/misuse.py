@@ -187,7 +187,7 @@ class _Hunt:
             return None
         if _faulted(finding) and misused.case.guard is not Guard.NONE:
             without = self.ask(replace(misused.case, guard=Guard.NONE), misuse)
-            if not without.fatal:
+            if not without.died:
                 finding = out_of_bounds(finding, misused.case.guard)
         return replace(finding, key=misuse.key, culprit=str(misuse))
 

@@ -110,7 +110,7 @@ class Outcome:
     ``misuses``: what can be wrong with the call, where that was asked. ``reaction``: how a call in which something was
     wrong ended if it did not fail: with an error, whose text is then the ``reason``, or with the right answer.
     ``evidence``: of a series of draws, with all that was counted before; ``reason`` then says why it goes no further.
-    ``fatal``: the device context is lost, this worker is of no further use.
+    ``fatal``: this worker is of no further use: it is gone, its device context is lost, or what it says means nothing.
     """
 
     status: Status
@@ -132,3 +132,8 @@ class Outcome:
     reaction: Literal["", "raised", "raised without a clear message", "right"] = ""
     evidence: Evidence | None = None
     fatal: bool = False
+
+    @property
+    def died(self) -> bool:
+        """Whether the launch has ended the worker or its device context, and not merely spoilt it."""
+        return self.fatal and (self.finding is None or self.finding.kind in ("Crashed", "Hung"))

@@ -31,7 +31,7 @@ from kerneltest.model.sequence import STEPS
 CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
 PROFILE = replace(PROFILES["quick"], cpu_sequences=60)
 OPERATIONS = ("cos", "sort")
-# What a rule says of a sequence: nothing, a kind of failure, "dead", or "unsupported: " and a reason.
+# What a rule says of a sequence: nothing, a kind of failure, "dead", "spoilt", or "unsupported: " and a reason.
 Rule = Callable[[LaunchSequence], str | None]
 
 
@@ -89,6 +89,7 @@ class Runner:
         self.lethal: Callable[[str], bool] = lambda name: False
         self.by_itself: list[LaunchSequence] = []
         self.ends_with: Callable[[LaunchSequence], bool] = lambda sequence: False
+        self.spoils: Callable[[LaunchSequence], bool] = lambda sequence: False
         self.started = Started(
             device=CPU, torch_ops=OPERATIONS, no_guards=None if guards else "by rule", no_steps={"load": "by rule"}
         )
@@ -105,7 +106,9 @@ class Runner:
         if kernel.name != TARGET.kernel.name:  # what its data do to a neighbour, after itself
             assert [(step.kernel, step.case) for step in company.sequence.neighbours] == [(kernel.name, case)]
             self.by_itself.append(company.sequence)
-            return dead(kernel) if self.ends_with(company.sequence) else Outcome(status=Status.PASSED, launches=3)
+            if self.ends_with(company.sequence):
+                return dead(kernel)
+            return spoilt(kernel) if self.spoils(company.sequence) else Outcome(status=Status.PASSED, launches=3)
         assert {step.kernel for step in company.sequence.neighbours} == set(company.neighbours)
         self.played.append(company)
         self.guarded += [guarded] if guarded else []
@@ -114,6 +117,8 @@ class Runner:
             said = None
         if said == "dead":
             return dead(kernel)
+        if said == "spoilt":
+            return spoilt(kernel)
         if said and said.startswith("unsupported: "):
             reason, fatal, _ = said.removeprefix("unsupported: ").partition(", fatal")
             return Outcome(status=Status.UNSUPPORTED, reason=reason, fatal=bool(fatal))
@@ -132,6 +137,11 @@ class Runner:
 def dead(kernel: Kernel) -> Outcome:
     finding = Finding(kind="Crashed", kernel=kernel.name, key="signal SIGSEGV", what="the worker process died")
     return Outcome(status=Status.FAILED, finding=finding, fatal=True)
+
+
+def spoilt(kernel: Kernel) -> Outcome:
+    finding = Finding(kind="StaleState", kernel=kernel.name, key="process, afterwards", what="not what it was before")
+    return Outcome(status=Status.FAILED, launches=3, finding=finding, fatal=True)
 
 
 def has(sequence: LaunchSequence, step: type[Any], **fields: Any) -> bool:

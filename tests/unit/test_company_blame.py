@@ -179,6 +179,22 @@ def test_a_neighbour_that_its_data_end_is_to_blame_and_not_the_kernel() -> None:
     assert unchecked(trail) == {"rule: after two with nan": why}
 
 
+def test_a_process_that_a_neighbours_data_spoil_is_no_death_of_the_neighbour() -> None:
+    """It is spoilt as well where the neighbour is played alone on them, which is no excuse for the kernel."""
+    runner = Runner(lambda s: "spoilt" if has(s, Neighbour, kernel="two", data=Data.NAN) else None)
+    runner.spoils = lambda sequence: has(sequence, Neighbour, kernel="two", data=Data.NAN)
+    found = hunted(runner, profile=replace(PROFILE, cpu_sequences=200), kinds=("neighbour",)).caught
+    assert found is not None
+    assert found.finding.kind == "StaleState"
+
+
+def test_a_process_that_is_spoilt_is_no_page_beyond_the_guard() -> None:
+    runner = Runner(lambda s: "spoilt" if s.case.guard is not Guard.NONE else None, guards=True)
+    found = hunted(runner).caught
+    assert found is not None
+    assert found.finding.kind == "StaleState"
+
+
 def spoilt(sequence: LaunchSequence) -> int:
     return sum(step.data is not Data.FINITE for step in sequence.neighbours)
 
