@@ -81,6 +81,11 @@ def sequences(cast: Cast, ledger: Ledger) -> SearchStrategy[LaunchSequence]:
     return program()
 
 
+def with_other_values(case: Case[Any]) -> Case[Any]:
+    """The same tensors but for what they hold."""
+    return replace(case, seed=(case.seed + 1) % 2**32)
+
+
 def step_of(kind: str, cast: Cast) -> Callable[[Case[Any]], SearchStrategy[Step]]:
     """Steps of one kind, as a strategy for each case that they may stand around."""
     return _makers(cast, Ledger())[kind]
@@ -111,8 +116,12 @@ def _makers(cast: Cast, ledger: Ledger) -> dict[str, Callable[[Case[Any]], Searc
     def neighbour(_case: Case[Any]) -> SearchStrategy[Neighbour]:
         return st.sampled_from(names).flatmap(launched)
 
+    def beside(case: Case[Any]) -> SearchStrategy[Beside]:
+        # Two launches of one size overlap longest, and want the same parts of whatever they should not share.
+        return st.builds(Beside, case=st.one_of(st.just(with_other_values(case)), others))
+
     def graph(case: Case[Any]) -> SearchStrategy[Graph]:
-        other_values = replace(case, seed=(case.seed + 1) % 2**32)
+        other_values = with_other_values(case)
         captures = cast.kernel.operator.captures
         lengths = cast.kernel.contract.captured == "lengths" and captures is not None
         captured = captures(other_values) if lengths and captures else st.just(other_values)
@@ -131,7 +140,7 @@ def _makers(cast: Cast, ledger: Ledger) -> dict[str, Callable[[Case[Any]], Searc
         "empty_cache": always(EmptyCache),
         "graph": graph,
         "stream": always(OtherStream),
-        "beside": always(Beside, case=others),
+        "beside": beside,
         "load": always(Load, what=st.sampled_from(("sms", "bandwidth"))),
         "few_sms": always(FewSMs, sms=st.sampled_from(FEW)),
         "late_inputs": always(LateInputs),
@@ -165,7 +174,7 @@ def _plainer_step(step: Step, case: Case[Any], kernels: Mapping[str, Kernel], ke
         case Beside():
             yield from (replace(step, case=other) for other in kernel.operator.simpler(step.case))
         case Graph():
-            same = replace(case, seed=(case.seed + 1) % 2**32)
+            same = with_other_values(case)
             if step.captured != same:
                 yield replace(step, captured=same)
             if step.replays > 1:

@@ -23,9 +23,10 @@ from company_rules import (
 
 from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import BATCH, hunt_sequences, replay_sequence
-from kerneltest.engine.programs import plainer
+from kerneltest.engine.programs import plainer, with_other_values
 from kerneltest.model import (
     Again,
+    Beside,
     Data,
     EmptyCache,
     Graph,
@@ -218,6 +219,14 @@ def test_steps_that_share_the_plan_need_a_kernel_that_plans_anew() -> None:
     hunted(planning := Runner(), kinds=("again",))
     drawn = {step.keeps.value for s in planning.sequences for step in s.steps if isinstance(step, Again)}
     assert drawn == {"nothing", "workspace", "plan", "resized"}
+
+
+def test_two_launches_of_one_size_run_side_by_side() -> None:
+    runner = Runner()
+    hunted(runner, profile=replace(PROFILE, cpu_sequences=100), kinds=("beside",))
+    steps = [(one.case, step.case) for one in runner.sequences for step in one.steps if isinstance(step, Beside)]
+    assert {case for case, other in steps if other == with_other_values(case)} == {case for case, _ in steps}
+    assert any(other.axes != case.axes for case, other in steps)
 
 
 def test_the_same_seed_draws_the_same_sequences() -> None:

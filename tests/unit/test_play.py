@@ -130,7 +130,10 @@ def test_other_bits_than_in_the_quiet_worker_are_stale_state(rig: Rig) -> None:
     assert not outcome.fatal  # or it could not be shown to take none of the steps
 
 
-def test_what_a_sequence_leaves_behind_in_the_process_shows_in_the_next_launch_alone(rig: Rig) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_a_sequence_leaves_behind_in_the_process_shows_in_the_next_launch_alone(
+    rig: Rig, deterministic: bool
+) -> None:
     kept: list[int] = []
 
     def remembers(call: Call) -> Outputs:
@@ -140,7 +143,7 @@ def test_what_a_sequence_leaves_behind_in_the_process_shows_in_the_next_launch_a
         kept.append(1)
         return call.outputs
 
-    outcome = played(kernel(remembers), rig)
+    outcome = played(kernel(remembers, deterministic=deterministic), rig)
     assert (outcome.finding.kind, outcome.finding.key) == ("StaleState", "process, afterwards")
     assert outcome.finding.culprit == "something that outlives the launches"
     assert outcome.fatal
