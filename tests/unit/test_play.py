@@ -177,6 +177,21 @@ def test_a_process_in_which_a_kernel_moves_since_company_was_there_is_not_used_a
     assert (outcome.finding.kind, outcome.fatal) == ("Nondeterministic", True)
 
 
+@pytest.mark.parametrize(("launches", "fatal"), [({2}, False), ({2, 3, 4, 5, 6, 7}, True), (set(range(8)), False)])
+def test_a_process_in_which_a_kernel_raises_since_company_was_there_is_not_used_again(
+    rig: Rig, launches: set[int], fatal: bool
+) -> None:
+    numbers = itertools.count()
+
+    def raises(call: Call) -> Outputs:
+        if next(numbers) in launches:
+            raise RuntimeError("no")
+        return right(call)
+
+    outcome = played(kernel(raises), rig, Reuse())
+    assert (outcome.finding.kind, outcome.fatal) == ("LaunchRaised", fatal)
+
+
 def test_a_process_that_is_as_it_was_is_used_again(rig: Rig) -> None:
     fresh = play_alone(kernel(), LaunchSequence(case=CASE), rig).digest
     launches = itertools.count(1)

@@ -78,9 +78,9 @@ class _Play:
 
     def is_changed(self) -> bool:
         """Whether alone, and steadily, it is something else than before: what the sequence left is there to stay."""
-        first, *more = afterwards = self._afterwards()
-        return self._are_different(afterwards) and all(
-            difference(self.execution, seen, first)[0] is None for seen in more
+        launches = self._afterwards()
+        return self._are_different(launches) and all(
+            difference(self.execution, seen, launches[0])[0] is None for seen in launches[1:]
         )
 
     def is_spoilt(self) -> bool:
@@ -90,11 +90,19 @@ class _Play:
         """
         return self.performance is not None and self.fresh is not None and self._are_different(self._afterwards())
 
+    def raises_from_now_on(self) -> bool:
+        """Whether alone, where it had an answer before, it has none any more."""
+        return bool(self.execution.observations) and not self._afterwards()
+
     def _afterwards(self) -> list[Observation]:
-        """Launches alone, on buffers of their own."""
-        return [self.execution.observe(self.alone.plan) for _ in range(REPEATS)]
+        """Launches alone, on buffers of their own; none if it does not answer."""
+        try:
+            return [self.execution.observe(self.alone.plan) for _ in range(REPEATS)]
+        except (KernelRaised, Unsupported):
+            return []
 
     def _are_different(self, launches: list[Observation]) -> bool:
+        """Whether each is; to give no answer is."""
         return all(difference(self.execution, seen, self.alone)[0] is not None for seen in launches)
 
     def shows(self, launch: int, clean: Place | None = None) -> bool:
@@ -135,7 +143,8 @@ def play(
         lost = devices.context_is_lost(rig.device)
         return Outcome(status=Status.UNSUPPORTED, reason=str(error), fatal=lost)
     except KernelRaised as raised:
-        return raised_by(kernel, raised.error, rig.device, execution.launches, time.perf_counter() - start)
+        outcome = raised_by(kernel, raised.error, rig.device, execution.launches, time.perf_counter() - start)
+        return outcome if outcome.fatal else replace(outcome, fatal=playing.raises_from_now_on())
     return Outcome(
         status=Status.FAILED if found else Status.PASSED,
         seconds=time.perf_counter() - start,
