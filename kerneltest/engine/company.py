@@ -313,6 +313,10 @@ def _unchecked(state: _Company, cast: Cast | None) -> dict[str, str]:
     if state.aside and (state.company_only or state.chase.minimal is None):
         kinds = sorted({_verdict(outcome) for outcome in state.aside.values()})
         told[f"{kernel}: {len(state.aside)} of its cases in company"] = f"they fail alone: {'; '.join(kinds)}"
+    chase, wanted = state.chase, state.profile.sequences(started.device) if started.device else 0
+    if chase.minimal is None and len(chase.ran) < wanted and chase.unsupported:
+        why = max(chase.unsupported, key=lambda reason: chase.unsupported[reason])
+        told[f"{kernel}: {wanted - len(chase.ran)} of {wanted} sequences"] = f"nothing else is left to play: {why}"
     for name in sorted(others.targets.keys() - cast.neighbours.keys()) if "neighbour" in cast.kinds else ():
         told[f"{kernel}: after {name}"] = "it ran none of the cases drawn for it"
     return told

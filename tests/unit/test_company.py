@@ -221,6 +221,16 @@ def test_steps_that_share_the_plan_need_a_kernel_that_plans_anew() -> None:
     assert drawn == {"nothing", "workspace", "plan", "resized"}
 
 
+def test_sequences_that_could_not_be_played_are_told() -> None:
+    trail = hunted(Runner(lambda s: "unsupported: by rule" if len(s.steps) > 1 else None), kinds=("reuse",))
+    ran = len(trail.cases)
+    assert trail.caught is None
+    assert 0 < ran < PROFILE.cpu_sequences
+    told = {item.what: item.why for item in trail.unchecked}
+    missing = f"rule: {PROFILE.cpu_sequences - ran} of {PROFILE.cpu_sequences} sequences"
+    assert told[missing] == "nothing else is left to play: by rule"
+
+
 def test_two_launches_of_one_size_run_side_by_side() -> None:
     runner = Runner()
     hunted(runner, profile=replace(PROFILE, cpu_sequences=100), kinds=("beside",))
