@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kerneltest import discovery
-from kerneltest.engine.profile import PROFILES, Profile
+from kerneltest.engine.profile import PROFILES, Chosen, Profile
 from kerneltest.model.sequence import STEPS
 from kerneltest.session import Options
 
@@ -77,7 +77,7 @@ def _profile(option: Any) -> Profile:
         _at_least("--kernel-modules", option.kernel_modules, 1)
         most = option.kernel_modules
         profile = replace(profile, compiles=most, modules=min(profile.modules, most))
-    profile = replace(profile, only=tuple(map(_axis, filter(None, (option.kernel_only or "").split(",")))))
+    profile = replace(profile, only=tuple(map(_chosen, filter(None, (option.kernel_only or "").split(",")))))
     if option.kernel_misused is not None:
         _at_least("--kernel-misused", option.kernel_misused, 0)
         profile = replace(profile, misused=option.kernel_misused)
@@ -106,14 +106,16 @@ def one_of(option: str, value: str, valid: list[str]) -> None:
         raise pytest.UsageError(f"{option}: unknown value {value!r}; valid: {', '.join(valid)}")
 
 
-def _axis(text: str) -> tuple[str, Any]:
+def _chosen(text: str) -> Chosen:
     name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise pytest.UsageError(f"--kernel-only: expected AXIS=VALUE, got {text!r}")
+    axis = name.removesuffix("!")
+    if not (axis and equals and value):
+        raise pytest.UsageError(f"--kernel-only: expected AXIS=VALUE or AXIS!=VALUE, got {text!r}")
     try:
-        return name, json.loads(value)
+        known = json.loads(value)
     except ValueError:  # a word, such as bfloat16
-        return name, value
+        known = value
+    return Chosen(axis=axis, value=known, equal=axis == name)
 
 
 def _library(text: str) -> tuple[str, Path]:

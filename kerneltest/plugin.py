@@ -70,8 +70,8 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "--kernel-only",
         {
-            "metavar": "AXIS=VALUE[,...]",
-            "help": "draw such cases alone, of the kernels that have the axes, such as alibi=true,head_dim=128",
+            "metavar": "AXIS[!]=VALUE[,...]",
+            "help": "draw such cases alone, of the kernels that have the axes, such as alibi=true,head_dim!=128",
         },
     ),
     (

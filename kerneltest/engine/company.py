@@ -15,7 +15,7 @@ from kerneltest.engine.hunt import CONFIRMATIONS, Caught, Target, Trail, opinion
 from kerneltest.engine.job import Company
 from kerneltest.engine.ledger import Ledger
 from kerneltest.engine.pool import Runner
-from kerneltest.engine.profile import Profile
+from kerneltest.engine.profile import NOT_WANTED, Profile
 from kerneltest.engine.programs import plainer, sequences
 from kerneltest.model import (
     Case,
@@ -72,6 +72,8 @@ class _Company:
 
     def ask(self, sequence: LaunchSequence) -> Outcome:
         """Play a sequence in the worker; a death that is a neighbour's own is not held against the kernel."""
+        if not self.profile.wants(sequence.case):
+            return Outcome(status=Status.UNSUPPORTED, reason=NOT_WANTED)
         known = [step.kernel for step in sequence.neighbours if step.kernel in self.neighbours.lethal]
         if known:
             return Outcome(status=Status.UNSUPPORTED, reason=f"the neighbour {known[0]} kills the worker by itself")

@@ -15,7 +15,7 @@ from kerneltest.engine.chase import Chase, draw
 from kerneltest.engine.guards import blamed_on_the_guard, guarded, named
 from kerneltest.engine.job import Job
 from kerneltest.engine.pool import Runner
-from kerneltest.engine.profile import Profile
+from kerneltest.engine.profile import NOT_WANTED, Profile
 from kerneltest.model import (
     Case,
     CaseRecord,
@@ -138,6 +138,8 @@ class _Hunt:
 
     def run_again(self, case: Case[Any]) -> Outcome:
         """Run a case in the worker, whatever is known of it."""
+        if not self.profile.wants(case):
+            return Outcome(status=Status.UNSUPPORTED, reason=NOT_WANTED)
         module, limit = self.target.kernel.specialisation(case), self.profile.compiles
         if limit is not None and module not in self.modules and len(self.modules) >= limit:
             return Outcome(status=Status.UNSUPPORTED, reason=f"this run compiles {limit} specialisations at most")

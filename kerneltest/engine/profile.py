@@ -7,6 +7,21 @@ from typing import Any
 
 from kerneltest.model import Case, Device, Operator, Size
 
+# Why a case is not run that would be smaller, but not one of those that were asked for.
+NOT_WANTED = "--kernel-only leaves it out"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The value that an axis has in the cases under test, or (not ``equal``) has not."""
+
+    axis: str
+    value: Any
+    equal: bool = True
+
+    def holds(self, case: Case[Any]) -> bool:
+        return (getattr(case.axes, self.axis) == self.value) is self.equal
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
@@ -21,7 +36,7 @@ class Profile:
     kernel are called wrongly in every way there is; ``cpu_misuse_seconds``, ``cuda_misuse_seconds``: the time after
     which no other way is begun.
     ``cpu_draws``, ``cuda_draws``: of each distribution that a sampler is tried with, in ``draw_seconds`` at most.
-    ``only``: axes and the one value of each that cases under test have.
+    ``only``: what all cases under test have in common, the ones that a failure is shrunk to included.
     """
 
     name: str
@@ -43,15 +58,15 @@ class Profile:
     cpu_draws: int = 200_000
     cuda_draws: int = 4_000_000
     draw_seconds: float = 20.0
-    only: tuple[tuple[str, Any], ...] = ()
+    only: tuple[Chosen, ...] = ()
 
     def concerns(self, operator: Operator) -> bool:
         """Whether the operator has the axes that ``only`` names."""
-        return {name for name, _ in self.only} <= {axis.name for axis in fields(operator.axes)}
+        return {chosen.axis for chosen in self.only} <= {axis.name for axis in fields(operator.axes)}
 
     def wants(self, case: Case[Any]) -> bool:
         """Whether a case of an operator that it concerns has the values that ``only`` names."""
-        return all(getattr(case.axes, name) == value for name, value in self.only)
+        return all(chosen.holds(case) for chosen in self.only)
 
     def size(self, device: Device) -> Size:
         return self.cuda if device.kind == "cuda" else self.cpu

@@ -96,7 +96,7 @@ REFUSED = {
     ),
     "axis without a value": (
         "--kernel-only=alibi",
-        "--kernel-only: expected AXIS=VALUE, got 'alibi'",
+        "--kernel-only: expected AXIS=VALUE or AXIS!=VALUE, got 'alibi'",
     ),
     "folder without the package": (
         "--kernel-library=flashinfer=somewhere",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kerneltest.engine.casting import Cast, Neighbours, assemble
 from kerneltest.engine.hunt import Target
-from kerneltest.engine.profile import PROFILES
+from kerneltest.engine.profile import PROFILES, Chosen
 from kerneltest.model import Case, Device, Kernel, Outcome, Started, Status
 
 CPU = Device(kind="cpu", ordinal=0, name="", sm=(0, 0), units=1)
@@ -95,6 +95,6 @@ def test_several_share_the_places() -> None:
 
 
 def test_what_is_asked_for_alone_holds_for_the_kernel_and_not_for_its_neighbours() -> None:
-    found = cast({"plain": 2, "commoner": 3}, only=(("dtype", "commoner"),))
+    found = cast({"plain": 2, "commoner": 3}, only=(Chosen(axis="dtype", value="commoner"),))
     assert set(dtypes(found.cases)) == {"commoner"}
     assert set(dtypes(found.neighbours["other"])) == {"plain"}

@@ -20,6 +20,7 @@ from company_rules import (
 from kerneltest.engine.casting import Neighbours
 from kerneltest.engine.company import hunt_sequences
 from kerneltest.engine.guards import blamed_on_the_guard
+from kerneltest.engine.profile import Chosen
 from kerneltest.engine.programs import plainer
 from kerneltest.model import (
     Again,
@@ -106,6 +107,16 @@ def test_what_failed_alone_once_is_told_if_it_does_not_again() -> None:
     trail = hunted(Runner(once), quiet=lambda s: "Mismatch" if requests(s) == 2 else None)
     assert trail.caught is None
     assert unchecked(trail) == {"rule: 1 of its cases in company": "they fail alone: Mismatch: by rule"}
+
+
+def test_what_was_left_out_is_not_what_a_sequence_is_shrunk_to() -> None:
+    def rule(sequence: LaunchSequence) -> str | None:
+        return "StaleState" if has(sequence, EmptyCache) or sequence.case.seed == 0 else None
+
+    left_out = replace(PROFILE, only=(Chosen(axis="page_size", value=1, equal=False),))
+    found = hunted(Runner(rule), profile=left_out).caught
+    assert found is not None
+    assert found.case.axes.page_size != 1
 
 
 def test_a_case_that_kills_the_worker_alone_is_not_launched_before_others() -> None:

@@ -13,7 +13,7 @@ from attention_cases import paged
 
 from kerneltest.engine.hunt import Target, hunt, replay
 from kerneltest.engine.job import Job
-from kerneltest.engine.profile import PROFILES
+from kerneltest.engine.profile import PROFILES, Chosen
 from kerneltest.engine.text import failure_text
 from kerneltest.model import Case, Device, Finding, Kernel, Outcome, Started, Status
 
@@ -295,6 +295,20 @@ def test_a_peer_that_was_never_compared_is_told() -> None:
         ("rule: agreement with two", "no case was right in both")
     ]
     assert hunt(beside("one", "two"), Rule(lambda c: None), QUICK, 1).unchecked == ()
+
+
+def test_a_bug_that_was_left_out_is_not_what_another_is_shrunk_to() -> None:
+    def rule(case: Case[Any]) -> str | None:
+        return "Mismatch" if case.axes.page_size == 1 or case.axes.group > 2 else None
+
+    left_out = replace(QUICK, only=(Chosen(axis="page_size", value=1, equal=False),))
+    caught = hunt(TARGET, Rule(rule), left_out, 1).caught
+    assert caught is not None
+    assert caught.case.axes.page_size != 1
+    assert caught.case.axes.group > 2
+    everything = hunt(TARGET, Rule(rule), QUICK, 1).caught
+    assert everything is not None
+    assert everything.case.axes.page_size == 1
 
 
 def test_compiles_no_more_specialisations_than_allowed() -> None:
