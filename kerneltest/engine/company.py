@@ -281,7 +281,9 @@ def _chase_what_fails_alone(state: _Company) -> None:
     """No company did anything: what was set aside is all there is to report, the simplest that fails again."""
     state.company_only, chase = False, state.chase
     chase.outcomes = {one: outcome for one, outcome in chase.outcomes.items() if outcome.reason != FAILS_ALONE}
-    any(chase.shows_prey(LaunchSequence(case=case)) for case in sorted(state.aside, key=simplicity))
+    for case in sorted(state.aside, key=simplicity):
+        if chase.shows_prey(LaunchSequence(case=case)):
+            break
 
 
 def _trail(state: _Company, cast: Cast | None) -> Trail:

@@ -183,7 +183,7 @@ class _Hunt:
         finding, misuse = outcome.finding, misused.misuse
         if finding is None or finding.key == misuse.key:
             return finding
-        if finding.kind not in ("Crashed", "Hung"):
+        if not outcome.died:
             return None
         if _faulted(finding) and misused.case.guard is not Guard.NONE:
             without = self.ask(replace(misused.case, guard=Guard.NONE), misuse)

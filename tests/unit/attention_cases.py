@@ -36,6 +36,13 @@ DEFAULTS = {
 }
 
 
+def block_sparse_axes(**axes: Any) -> Any:
+    """A matrix of one block, and what is said of it."""
+    plain = {"rows": 1, "columns": 1, "block_rows": 1, "block_columns": 1, "masked": False}
+    sparse = importlib.import_module(f"{discovery.PACKAGE}.attention._block_sparse_axes")
+    return sparse.BlockSparse(**{"dtype": "float32", "head_dim": 64, "kv_heads": 1, "group": 1, **plain, **axes})
+
+
 def case(*lengths: tuple[int, int], inputs: str = "generic", seed: int = 0, **axes: Any) -> Case[Any]:
     """A case with a request for each (qo_len, kv_len); what is not said is plain."""
     requests = tuple(Request(qo_len=qo_len, kv_len=kv_len) for qo_len, kv_len in lengths)

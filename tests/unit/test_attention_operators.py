@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_cases import draws, slopes
+from attention_cases import block_sparse_axes, draws, slopes
 from hypothesis import given
 
 from kerneltest import discovery
@@ -283,17 +283,8 @@ def test_a_graph_is_captured_with_tensors_that_are_nowhere_smaller() -> None:
 def test_rows_without_blocks_and_dead_keys_occur() -> None:
     empty = dead = False
     for seed in range(20):
-        axes = importlib.import_module(f"{PACKAGE}._block_sparse_axes").BlockSparse(
-            rows=7,
-            columns=12,
-            block_rows=2,
-            block_columns=4,
-            dtype="bfloat16",
-            head_dim=64,
-            kv_heads=1,
-            group=1,
-            masked=bool(seed % 2),
-        )
+        sizes = {"rows": 7, "columns": 12, "block_rows": 2, "block_columns": 4}
+        axes = block_sparse_axes(**sizes, dtype="bfloat16", masked=bool(seed % 2))
         case = Case(operator="block_sparse", axes=axes, inputs="generic", seed=seed)
         made = block_sparse.materialize(case)
         visible = sparse.seen(case, made.inputs)
@@ -329,17 +320,7 @@ def test_draws_reach_each_option_alone_and_with_the_common_kind(operator: Any) -
 
 
 def test_block_columns_that_look_like_offsets_are_indices() -> None:
-    axes = importlib.import_module(f"{PACKAGE}._block_sparse_axes").BlockSparse(
-        rows=2,
-        columns=8,
-        block_rows=2,
-        block_columns=4,
-        dtype="float32",
-        head_dim=128,
-        kv_heads=1,
-        group=1,
-        masked=True,
-    )
+    axes = block_sparse_axes(rows=2, columns=8, block_rows=2, block_columns=4, head_dim=128, masked=True)
     seeds = (Case(operator="block_sparse", axes=axes, inputs="generic", seed=seed) for seed in range(100))
     case = next(one for one in seeds if sparse.pattern(one)["indices"].tolist() == [0, 1])
     inputs = block_sparse.materialize(case).inputs

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import case, paged
+from attention_cases import block_sparse_axes, case, paged
 
 from kerneltest import discovery
 from kerneltest.model import (
@@ -87,17 +87,7 @@ def test_a_right_kernel_passes_and_is_judged_once_for_the_same_bits(rig: Rig) ->
 
 def test_other_data_that_does_not_fit_into_the_same_buffers_is_refused(rig: Rig) -> None:
     """How many blocks a block-sparse matrix has is drawn with its values."""
-    axes = importlib.import_module(f"{discovery.PACKAGE}.attention._block_sparse_axes").BlockSparse(
-        rows=1,
-        columns=8,
-        block_rows=1,
-        block_columns=1,
-        dtype="float32",
-        head_dim=64,
-        kv_heads=1,
-        group=1,
-        masked=False,
-    )
+    axes = block_sparse_axes(columns=8)
     sparse = importlib.import_module(f"{discovery.PACKAGE}.attention.torch_sparse").masked
     outcomes = [
         play(sparse, LaunchSequence(case=one, steps=(Reuse(buffers="same"),)), rig, {})
@@ -168,6 +158,20 @@ def test_what_company_leaves_in_the_process_is_not_taken_for_chance(rig: Rig, de
     assert (outcome.finding.kind, outcome.finding.key) == ("StaleState", "process, afterwards")
     assert outcome.finding.what.endswith("are not what they are alone; neither is the kernel alone from then on")
     assert outcome.fatal
+
+
+def test_a_coin_that_falls_the_other_way_for_a_while_has_not_outlived_anything(rig: Rig) -> None:
+    """Those of the sequence, and as many alone as a pair is repeated."""
+    launches = itertools.count()
+
+    def falls(call: Call) -> Outputs:
+        right(call)
+        if 2 <= next(launches) < 7:
+            call.outputs["lse"] += 1
+        return call.outputs
+
+    outcome = played(kernel(falls), rig, Reuse())
+    assert (outcome.status, outcome.finding.key) == (Status.FAILED, "lse")
 
 
 def test_a_process_in_which_a_kernel_moves_since_company_was_there_is_not_used_again(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from kerneltest.worker.checks import (
 )
 from kerneltest.worker.company.feasible import refusal
 from kerneltest.worker.company.performance import Performance, perform
-from kerneltest.worker.differences import REPEATS, difference, finding, first, share, two_values, unstable
+from kerneltest.worker.differences import BY_CHANCE, REPEATS, difference, finding, first, share, two_values, unstable
 from kerneltest.worker.execute import raised_by, refused
 from kerneltest.worker.execution import Execution
 from kerneltest.worker.poison import as_bits
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 FORM = (outputs_have_the_right_form, inputs_are_intact, buffers_keep_their_bounds)
 # The key of findings after which the answers of this process mean nothing any more.
 AFTERWARDS = "process, afterwards"
+# Launches that have to agree in being something else: an output that falls like a coin does so with BY_CHANCE.
+STEADY = math.ceil(-math.log2(BY_CHANCE))
 
 
 @dataclass
@@ -78,17 +81,26 @@ class _Play:
 
     def is_changed(self) -> bool:
         """Whether alone, and steadily, it is something else than before: what the sequence left is there to stay."""
-        launches = self._afterwards()
-        return self._are_different(launches) and all(
-            difference(self.execution, seen, launches[0])[0] is None for seen in launches[1:]
-        )
+        steady: Observation | None = None
+        for _ in range(STEADY):
+            seen = self.execution.observe(self.alone.plan)
+            if difference(self.execution, seen, self.alone)[0] is None:
+                return False
+            steady = steady or seen
+            if difference(self.execution, seen, steady)[0] is not None:
+                return False
+        return True
 
     def is_spoilt(self) -> bool:
         """Whether nothing that this process says from now on is to be believed.
 
         What moved by itself before the sequence as well would not have been what a fresh worker gives.
         """
-        return self.performance is not None and self.fresh is not None and self._are_different(self._afterwards())
+        return (
+            self.performance is not None
+            and self.fresh is not None
+            and all(difference(self.execution, seen, self.alone)[0] is not None for seen in self._afterwards())
+        )
 
     def raises_from_now_on(self) -> bool:
         """Whether alone, where it had an answer before, it has none any more."""
@@ -100,10 +112,6 @@ class _Play:
             return [self.execution.observe(self.alone.plan) for _ in range(REPEATS)]
         except (KernelRaised, Unsupported):
             return []
-
-    def _are_different(self, launches: list[Observation]) -> bool:
-        """Whether each is; to give no answer is."""
-        return all(difference(self.execution, seen, self.alone)[0] is not None for seen in launches)
 
     def shows(self, launch: int, clean: Place | None = None) -> bool:
         """Whether that launch of another performance differs from the kernel alone."""
