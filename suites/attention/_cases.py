@@ -272,7 +272,7 @@ def shortened(request: Request) -> Iterator[Request]:
     """
     queries, keys = request.qo_len, request.kv_len
     half = -(-queries // 2)
-    for fewer, left in (
+    for asking, left in (
         (half, keys),
         (half, keys - (queries - half)),
         *((queries, keys - keys // part) for part in (2, 4, 8)),
@@ -281,7 +281,7 @@ def shortened(request: Request) -> Iterator[Request]:
         (queries - 1, keys - 1),
         (queries, keys - 1),
     ):
-        shorter = Request(qo_len=max(fewer, 1), kv_len=max(left, 1))
+        shorter = Request(qo_len=max(asking, 1), kv_len=max(left, 1))
         if (shorter.qo_len, shorter.kv_len) < (queries, keys):
             yield shorter
 
