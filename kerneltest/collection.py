@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +169,28 @@ class FixtureFile(pytest.File):
         except ValueError as error:
             yield BrokenItem.from_parent(self, name="read", reason=str(error), expected=repro.EXPECTED_FORM)
             return
-        yield ReplayItem.from_parent(self, name="replay", suite=read.suite, target=target, case=played)
+        yield ReplayItem.from_parent(
+            self, name="replay", suite=read.suite, target=target, case=played, found_on=read.found_on
+        )
 
 
 class ReplayItem(RecordedItem):
     """Run the case, the sequence, the bad input or the draws of a fixture; it passes once the bug is gone."""
 
     def __init__(
-        self, *, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused | Drawn, **kwargs: Any
+        self,
+        *,
+        suite: str,
+        target: Target,
+        case: Case[Any] | LaunchSequence | Misused | Drawn,
+        found_on: Mapping[str, str],
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.suite, self.target, self.case = suite, target, case
+        self.suite, self.target, self.case, self.found_on = suite, target, case, found_on
 
     def runtest(self) -> None:
-        self.conclude(*start(self.config).replay(self.suite, self.target, self.case, self.path))
+        self.conclude(*start(self.config).replay(self.suite, self.target, self.case, self.path, self.found_on))
 
 
 class BrokenFile(Exception):

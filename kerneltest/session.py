@@ -268,11 +268,16 @@ class Session:
         return Neighbours(targets=targets, seed=self.options.seed)
 
     def replay(
-        self, suite: str, target: Target, case: Case[Any] | LaunchSequence | Misused | Drawn, path: Path
+        self,
+        suite: str,
+        target: Target,
+        case: Case[Any] | LaunchSequence | Misused | Drawn,
+        path: Path,
+        found_on: Mapping[str, str],
     ) -> tuple[KernelRecord, Failure | None]:
         """Run the case, the sequence, the bad input or the draws of a fixture; green means that the bug is gone."""
-        kernel, profile = target.kernel, self.options.profile
-        if reason := _unmet(kernel, self.runner.started):
+        kernel, profile, started = target.kernel, self.options.profile, self.runner.started
+        if reason := _unmet(kernel, started) or _elsewhere(found_on, started):
             return self._record(suite, kernel, unchecked=(Unchecked(what=self._shown(path), why=reason),)), None
         target = replace(target, peers=self._peers(kernel))
         hunt: Hunted = "cases"
@@ -365,6 +370,14 @@ def _vacuous(record: KernelRecord, wide: Collection[str]) -> Finding | None:
 def _relative(path: Path, folder: Path) -> str:
     """The path as seen from the folder, if it lies in it."""
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _elsewhere(found_on: Mapping[str, str], started: Started) -> str | None:
+    """Why passing here would not mean that a bug is gone."""
+    assert started.device is not None
+    if started.device.kind == "cpu" and found_on.get("kind", "cpu") != "cpu":
+        return f"found on {found_on['device']}: what runs on a CPU is another program"
+    return None
 
 
 def _unmet(kernel: Kernel, started: Started) -> str | None:

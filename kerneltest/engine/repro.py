@@ -27,7 +27,8 @@ def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
     shown = caught.sequence or (Misused(case=case, misuse=caught.misuse) if caught.misuse else case)
     digest = hashlib.sha256("\0".join((*finding.identity, shown.id)).encode()).hexdigest()[:8]
     target = folder / slug(finding.kernel) / f"{finding.kind}-{digest}" / FILE_NAME
-    device = started.device.name if started.device else ""
+    device = started.device
+    where = {"device": device.name, "kind": device.kind} if device else {}
     repro = Repro(
         schema=SCHEMA,
         suite=suite,
@@ -40,7 +41,7 @@ def write(folder: Path, suite: str, caught: Caught, started: Started) -> Path:
         sequence=caught.sequence and caught.sequence.to_json(),
         misuse=caught.misuse and encode(caught.misuse),
         draws=caught.draws,
-        found_on={"device": device, **started.libraries},
+        found_on={**where, **started.libraries},
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(encode(repro), indent=2) + "\n")

@@ -11,7 +11,7 @@ SCHEMA = "kerneltest.case/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repro:
-    """A minimal failing case. ``found_on`` says with which device and versions it was seen; it is not compared.
+    """A minimal failing case. ``found_on`` says on which device, of which kind, and with which versions it was seen.
 
     ``sequence``: the steps around its launch, where the case alone is right. ``misuse``: what is wrong with the call.
     ``draws``: how many it took to see that they follow another distribution; 0 for a failure of a single launch.

@@ -46,6 +46,8 @@ FAILURE = (
     r"  replay: pytest fixtures/mine\.bad/Mismatch-[0-9a-f]{8}/case\.json --kernel-device=cpu",
 )
 
+ELSEWHERE = "found/mine.bad/Mismatch-0123abcd/case.json"
+
 
 @dataclass(frozen=True)
 class Story:
@@ -57,6 +59,7 @@ class Story:
     last_failed: Run
     stopped: Run
     replayed: Run
+    elsewhere: Run
     mended: Run
 
 
@@ -68,14 +71,18 @@ def story(new_project: Callable[[], Project]) -> Story:
     first = project.pytest(*hunt, "-v", "--kernel-json=out/summary.json", "--junitxml=junit.xml")
     (replay,) = (line for line in first.lines if line.startswith("  replay: "))
     command = shlex.split(replay.removeprefix("  replay: "))
-    last_failed, stopped, replayed = project.pytest_at_once(
+    found = json.loads((project.root / command[1]).read_text())
+    found["found_on"] |= {"device": "GPU 9000", "kind": "cuda"}
+    project.write(ELSEWHERE, json.dumps(found))
+    last_failed, stopped, replayed, elsewhere = project.pytest_at_once(
         [*hunt, "--lf", "--kernel-report=elsewhere/of/mine.html"],
         [*hunt, "-x", "-p", "no:cacheprovider", "--kernel-report=stopped.html", "--kernel-json=stopped.json"],
         [*command[1:], "-p", "no:cacheprovider"],
+        [ELSEWHERE, "-p", "no:cacheprovider", "-rs"],
     )
     project.suite("mine", mine=MINE.format(factor="1.0"))
     mended = project.pytest(*command[1:])
-    return Story(project, first, command, last_failed, stopped, replayed, mended)
+    return Story(project, first, command, last_failed, stopped, replayed, elsewhere, mended)
 
 
 def summary(story: Story) -> dict[str, Any]:
@@ -240,6 +247,11 @@ def test_replay_fails_with_the_same_kind(story: Story) -> None:
 
 def test_replay_passes_once_the_kernel_is_mended(story: Story) -> None:
     assert (story.mended.code, story.mended.totals) == (0, "1 passed")
+
+
+def test_what_was_found_on_a_gpu_is_not_called_mended_on_a_cpu(story: Story) -> None:
+    assert story.elsewhere.totals == "1 skipped"
+    assert "found on GPU 9000: what runs on a CPU is another program" in story.elsewhere.out
 
 
 def test_lf_runs_the_failed_kernel_alone(story: Story) -> None:
