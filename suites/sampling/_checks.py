@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING
 
-from kerneltest.model import Call, LaunchContract
+from kerneltest.model import Call
 
 from ..attention._checks import require, require_within
 from ._axes import Rows
@@ -14,9 +14,6 @@ from ._axes import Rows
 if TYPE_CHECKING:
     import torch
 
-BY_MULTINOMIAL = LaunchContract(
-    needs_finite="torch.multinomial asserts on the device that weights are finite (MultinomialKernel.cu)"
-)
 Launch = Callable[[Call], Mapping[str, "torch.Tensor"]]
 
 

@@ -20,8 +20,16 @@ def seeded(case: Case[Rows], number: int, device: torch.device | str) -> torch.G
 
 
 def draw(weights: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """A column of each row [n, V], in proportion to weights that need not add up to 1; [n]."""
-    return torch.multinomial(weights, 1, generator=random).squeeze(-1)
+    """A column of each row [n, V], in proportion to weights that need not add up to 1; [n].
+
+    By inverse transform, in float64: a running sum, a random number, and the first column that is above it.
+    """
+    sums = weights.double().cumsum(-1)
+    total = sums[:, -1:].contiguous()
+    numbers = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=random)
+    # The sum of all is reached first by the last column of any weight.
+    last = torch.searchsorted(sums, total)
+    return torch.minimum(torch.searchsorted(sums, numbers * total, right=True), last).squeeze(-1)
 
 
 def parameter(call: Call, name: str, dtype: torch.dtype) -> torch.Tensor:

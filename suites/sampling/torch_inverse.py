@@ -1,4 +1,4 @@
-"""Drawing by inverse transform in torch: a running sum, a random number, and the first token that is above it."""
+"""Drawing by inverse transform in torch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,10 @@ if TYPE_CHECKING:
 
 
 def launch(call: Call) -> dict[str, torch.Tensor]:
-    """One draw from each chosen row, by a running sum in float64."""
-    import torch
-
+    """One draw from each chosen row."""
     from . import _torch_filters as f
 
-    sums = f.chosen(call, call.inputs["probs"]).double().cumsum(-1)
-    total = sums[:, -1:].contiguous()
-    numbers = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=f.generator(call))
-    # The sum of all is reached first by the last token of any weight.
-    last = torch.searchsorted(sums, total)
-    return f.tokens(call, torch.minimum(torch.searchsorted(sums, numbers * total, right=True), last).squeeze(-1))
+    return f.tokens(call, f.draw(f.chosen(call, call.inputs["probs"]), f.generator(call)))
 
 
 def numbers(case: Case[Rows], terms: Terms) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kerneltest.model import SUM_FP32, Call, Case, Device, Kernel, LaunchContract
 
 from ._axes import Rows
-from ._checks import BY_MULTINOMIAL, checked
+from ._checks import checked
 from ._semantics import Semantics
 from .softmax import softmax
 from .unfiltered import sampling_from_logits, sampling_from_probs
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
 
     from kerneltest.oracle.softmax import SoftmaxNumerics
+
+
+BY_MULTINOMIAL = LaunchContract(
+    needs_finite="torch.multinomial asserts on the device that weights are finite (MultinomialKernel.cu)"
+)
 
 
 def launch_softmax(call: Call) -> dict[str, torch.Tensor]:
@@ -36,11 +41,14 @@ def softmax_numerics(case: Case[Rows], device: Device) -> SoftmaxNumerics:
 
 def launch_sampling(call: Call) -> dict[str, torch.Tensor]:
     """One draw from each chosen row, of probabilities or of the softmax of logits."""
+    import torch
+
     from . import _torch_filters as f
 
     x = call.inputs
     probs = x["probs"] if "probs" in x else x["logits"].float().softmax(-1)
-    return f.tokens(call, f.draw(f.chosen(call, probs), f.generator(call)))
+    drawn = torch.multinomial(f.chosen(call, probs), 1, generator=f.generator(call))
+    return f.tokens(call, drawn.squeeze(-1))
 
 
 def semantics(case: Case[Rows], device: Device) -> Semantics:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kerneltest.model import FORMATS, AccModel, Call, Case, Device, Kernel, LaunchContract, Operator
 
 from ._axes import Rows
-from ._checks import BY_MULTINOMIAL, checked
+from ._checks import checked
 from ._semantics import Semantics
 from .filtered import (
     min_p_sampling,
@@ -157,11 +157,11 @@ def _kernel(operator: Operator, launch: Callable[[Call], Any], **more: Any) -> K
     )
 
 
-top_p_sampler = _kernel(top_p_sampling, sampling(top_p_left), contract=BY_MULTINOMIAL)
-top_k_sampler = _kernel(top_k_sampling, sampling(top_k_left), contract=BY_MULTINOMIAL)
-min_p_sampler = _kernel(min_p_sampling, sampling(min_p_left), contract=BY_MULTINOMIAL)
-both_sampler = _kernel(top_k_top_p_sampling, sampling(both_left), contract=BY_MULTINOMIAL)
-both_logits_sampler = _kernel(top_k_top_p_sampling_from_logits, sampling(both_left), contract=BY_MULTINOMIAL)
+top_p_sampler = _kernel(top_p_sampling, sampling(top_p_left))
+top_k_sampler = _kernel(top_k_sampling, sampling(top_k_left))
+min_p_sampler = _kernel(min_p_sampling, sampling(min_p_left))
+both_sampler = _kernel(top_k_top_p_sampling, sampling(both_left))
+both_logits_sampler = _kernel(top_k_top_p_sampling_from_logits, sampling(both_left))
 top_p_renormaliser = _kernel(top_p_renorm, renorm(top_p_left), contract=CAPTURED)
 top_k_renormaliser = _kernel(top_k_renorm, renorm(top_k_left), contract=CAPTURED)
 top_k_mask = _kernel(top_k_mask_logits, mask, contract=CAPTURED)

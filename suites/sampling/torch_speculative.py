@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kerneltest.model import Call, Case, Device, Kernel
 
 from ._chain import Chain
-from ._checks import BY_MULTINOMIAL, check_chain
+from ._checks import check_chain
 from ._semantics import Semantics
 from .speculative import chain_speculative_sampling
 
@@ -51,5 +51,4 @@ speculative = Kernel(
     operator=chain_speculative_sampling,
     launch=launch,
     numerics=semantics,
-    contract=BY_MULTINOMIAL,
 )
