@@ -78,6 +78,11 @@ def beside_on(stream: torch.cuda.Stream) -> AbstractContextManager[object]:
     return torch.cuda.stream(stream)
 
 
+def wait_for(device: Device, earlier: torch.cuda.Event) -> None:
+    """Let what is launched from now on wait for what was on another stream when the event was recorded."""
+    torch.cuda.current_stream(device.ordinal).wait_event(earlier)
+
+
 def capture(device: Device, launch: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """A CUDA graph of a launch, and what the launch returned. The launch itself has not run."""
     graph, stream = torch.cuda.CUDAGraph(), new_stream(device)

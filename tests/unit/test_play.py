@@ -6,6 +6,7 @@ import importlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from kerneltest.model import (
     FORMATS,
     FP32,
     IEEE_FP32,
+    Beside,
     Call,
     Case,
     Data,
@@ -37,9 +39,11 @@ from kerneltest.model import (
     Status,
 )
 from kerneltest.worker import device as devices
+from kerneltest.worker.company.performance import perform
 from kerneltest.worker.company.play import play, play_alone
 from kerneltest.worker.company.scene import Scene
 from kerneltest.worker.execute import execute
+from kerneltest.worker.execution import Execution
 from kerneltest.worker.rig import Rig
 from kerneltest.worker.staging import Staged
 
@@ -313,6 +317,37 @@ def test_a_device_that_is_lost_to_a_neighbours_nan_is_not_held_against_the_kerne
     finite = LaunchSequence(case=CASE, steps=(Neighbour(kernel="k", case=CASE),))
     with pytest.raises(RuntimeError, match="device-side assert"):
         play(kernel(), finite, rig, {"k": kernel()})
+
+
+def test_two_launches_beside_each_other_wait_behind_one_gate_until_both_are_made(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Stream:
+        cuda_stream = 7
+
+        def record_event(self) -> str:
+            done.append("recorded")
+            return "event"
+
+    class Companions:
+        def hold(self, stream: int) -> Callable[[], None]:
+            done.append(f"stream {stream} held")
+            return lambda: done.append("opened")
+
+    def launch(call: Call) -> Outputs:
+        done.append(f"launched {call.case.seed}")
+        return right(call)
+
+    monkeypatch.setattr(devices, "new_stream", lambda _: Stream())
+    monkeypatch.setattr(devices, "beside_on", lambda _: nullcontext())
+    monkeypatch.setattr(devices, "wait_for", lambda _, event: done.append(f"waits for {event}"))
+    monkeypatch.setitem(vars(rig), "companions", Companions())
+    other = replace(CASE, seed=CASE.seed + 1)
+    perform(Execution(kernel(launch), CASE, rig), LaunchSequence(case=CASE, steps=(Beside(case=other),)), {})
+    first, second = (f"launched {one.seed}" for one in (other, CASE))
+    assert done == ["stream 7 held", "recorded", first, "waits for event", second, "opened"] * 2
 
 
 def test_what_is_wrong_by_chance_is_not_blamed_on_the_poison(rig: Rig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,12 @@ extern "C" __global__ void stream(const float4 *from, float4 *to, unsigned long 
             to[i] = from[i];
 }
 
+// Until the host opens it, or takes so long that it may be waiting for what is behind it.
+extern "C" __global__ void gate(const volatile int *open, unsigned long long ns)
+{
+    for (unsigned long long start = now(); !*open && now() - start < ns;) {}
+}
+
 // Jobs are triples: source, target, bytes. The trigger lets a dependent launch start at once; what this kernel writes
 // is promised to it only behind griddepcontrol.wait.
 extern "C" __global__ void late_copy(const unsigned long long *jobs, int count, unsigned long long ns)
@@ -53,6 +59,7 @@ extern "C" __global__ void late_copy(const unsigned long long *jobs, int count, 
 # where other processes keep its cores busy.
 LOAD_NS = 1_000_000
 LATE_NS = 2_000_000
+GATE_NS = 5_000_000
 BANDWIDTH_BYTES = 64 << 20
 LATE_BLOCKS = 8
 
@@ -65,7 +72,7 @@ class Companions:
         self._device = f"cuda:{ordinal}"
         self._sms = self._driver.attribute("MULTIPROCESSOR_COUNT")
         self._shared = self._driver.attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        self._kernels = self._driver.load(_SOURCE, ("occupy", "stream", "late_copy"), self._shared)
+        self._kernels = self._driver.load(_SOURCE, ("occupy", "stream", "gate", "late_copy"), self._shared)
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._green: dict[int, int] = {}
 
@@ -83,6 +90,20 @@ class Companions:
         source, target = (ctypes.c_uint64(buffer.data_ptr()) for buffer in self._buffers)
         values = (source, target, ctypes.c_uint64(BANDWIDTH_BYTES // 16), ctypes.c_uint64(LOAD_NS))
         self._driver.launch(self._kernels["stream"], self._sms // 2, 256, 0, stream, values)
+
+    def hold(self, stream: int) -> Callable[[], None]:
+        """Let what comes later on the stream wait until the function that is returned is called, or for ``GATE_NS``.
+
+        The function has to live until the stream is through. Asynchronous.
+        """
+        opened = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        values = (ctypes.c_uint64(opened.data_ptr()), ctypes.c_uint64(GATE_NS))
+        self._driver.launch(self._kernels["gate"], 1, 1, 0, stream, values)
+
+        def open_gate() -> None:
+            opened.fill_(1)
+
+        return open_gate
 
     def jobs(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """What :meth:`late_copy` takes, of (source, target) pairs of equal size that are contiguous."""

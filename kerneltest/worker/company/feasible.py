@@ -20,7 +20,7 @@ from kerneltest.model import (
 from kerneltest.worker.rig import Rig
 
 NEEDS_CUDA = (Graph, OtherStream, Beside, Load, FewSMs, LateInputs)
-NEEDS_COMPANIONS = (Load, FewSMs, LateInputs)
+NEEDS_COMPANIONS = (Beside, Load, FewSMs, LateInputs)
 # Two that make the same launch in two ways: a graph is bound to the context it was captured in, and plans its own way.
 AT_ODDS = ((Graph, FewSMs), (Graph, LateInputs), (FewSMs, OtherStream))
 

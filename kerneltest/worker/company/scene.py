@@ -44,7 +44,8 @@ class Scene:
     planned: bool = False
     earlier_plan: Any = None
     manner: list[Callable[[], Any]] = field(default_factory=list)  # contexts around the launch, outermost first
-    before: list[Callable[[], None]] = field(default_factory=list)  # what happens immediately before it
+    # What happens immediately before it; what an act returns is done as soon as the launch is made.
+    before: list[Callable[[], Callable[[], None] | None]] = field(default_factory=list)
     replay: Callable[[], Any] | None = None
     repeats: int = 0
     bystanders: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -84,7 +85,8 @@ class Scene:
             for context in self.manner:
                 around.enter_context(context())
             for act in self.before:
-                act()
+                if (then := act()) is not None:
+                    around.callback(then)
             return self.replay() if self.replay else self.stage.launch()
 
     def observe(self) -> Observation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import singledispatch
 from typing import Any
@@ -213,12 +214,18 @@ def _(step: Beside, scene: Scene) -> None:
     scene.wait()
     scene.kept.append((other, stream))
 
-    def launch() -> None:
+    def launch() -> Callable[[], None]:
+        # Most kernels are through before the host has made another launch: both wait behind a gate until both are made.
+        open_gate = scene.execution.rig.companions.hold(stream.cuda_stream)
+        gate = stream.record_event()
         with devices.beside_on(stream):
-            scene.kept.append(other.launch())
+            scene.kept.append((open_gate, other.launch()))
+        devices.wait_for(device, gate)
         scene.launches += 1
+        return open_gate
 
-    scene.before.append(launch)
+    # Ahead of a step that has to be the last before the launch.
+    scene.before.insert(0, launch)
 
 
 @take.register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("_prefill.cu")
 TILE, SPLITS = 32, 2
 MAX_HEAD_DIM = 256
+COMMON_BYTES = 256 << 20
 DTYPES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 
@@ -83,6 +85,19 @@ def problem(call: Call, partial: torch.Tensor | None = None, counters: torch.Ten
         causal=axes.causal,
         scale=axes.scale,
     )
+
+
+@functools.cache
+def common(ordinal: int) -> Callable[..., torch.Tensor]:
+    """Memory of the process, uint8, as a launch asks for it: partial results, and counters that start at zero."""
+    import torch
+
+    partial, counters = (torch.zeros(COMMON_BYTES, dtype=torch.uint8, device=f"cuda:{ordinal}") for _ in range(2))
+
+    def part(nbytes: int, *, zeroed: bool = False) -> torch.Tensor:
+        return (counters if zeroed else partial)[:nbytes]
+
+    return part
 
 
 def launch(call: Call, entry: str, bug: str | None, argument: Problem, splits: int = 1) -> None:

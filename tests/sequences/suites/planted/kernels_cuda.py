@@ -30,11 +30,20 @@ def prefill(bug: str | None, call: Call) -> Outputs:
 
 def split_prefill(bug: str | None, call: Call) -> Outputs:
     """Two blocks for each row and head; the last one merges what they left in the workspace."""
+    return _in_splits(bug, call, call.workspace)
+
+
+def common_prefill(bug: str | None, call: Call) -> Outputs:
+    """The same. The bug: the workspace is one for all launches of the process, whatever their stream."""
+    return _in_splits(None, call, _cuda.common(call.device.ordinal) if bug else call.workspace)
+
+
+def _in_splits(bug: str | None, call: Call, workspace: Callable[..., torch.Tensor]) -> Outputs:
     import torch
 
     rows, heads, head_dim = call.inputs["q"].shape
-    partial = call.workspace(4 * rows * heads * _cuda.SPLITS * (head_dim + 2)).view(torch.float32)
-    counters = call.workspace(4 * rows * heads, zeroed=True).view(torch.int32)
+    partial = workspace(4 * rows * heads * _cuda.SPLITS * (head_dim + 2)).view(torch.float32)
+    counters = workspace(4 * rows * heads, zeroed=True).view(torch.int32)
     _cuda.launch(call, "split_prefill", bug, _cuda.problem(call, partial, counters), splits=_cuda.SPLITS)
     return call.outputs
 
@@ -94,5 +103,7 @@ z7, z7_twin = pair("z7", split_prefill, replace(CONTRACT, shares_workspace=True)
 z9, z9_twin = pair("z9", prefill)
 # The entry behind the last page of the table is prefetched, and never used.
 z10, z10_twin = pair("z10", prefill)
+# Launches on two streams share a workspace that is nobody's.
+common, common_twin = pair("common", common_prefill)
 # Partial outputs are added to what the workspace holds.
 z11, z11_twin = pair("z11", split_prefill, replace(CONTRACT, shares_workspace=True))
