@@ -376,7 +376,7 @@ def _elsewhere(found_on: Mapping[str, str], started: Started) -> str | None:
     """Why passing here would not mean that a bug is gone."""
     assert started.device is not None
     if started.device.kind == "cpu" and found_on.get("kind", "cpu") != "cpu":
-        return f"found on {found_on['device']}: what runs on a CPU is another program"
+        return f"found on {found_on.get('device', 'a GPU')}: what runs on a CPU is another program"
     return None
 
 
