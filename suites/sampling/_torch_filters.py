@@ -26,10 +26,15 @@ def draw(weights: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     """
     sums = weights.double().cumsum(-1)
     total = sums[:, -1:].contiguous()
-    numbers = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=random)
+    numbers = uniform(len(sums), random).unsqueeze(-1)
     # The sum of all is reached first by the last column of any weight.
     last = torch.searchsorted(sums, total)
     return torch.minimum(torch.searchsorted(sums, numbers * total, right=True), last).squeeze(-1)
+
+
+def uniform(count: int, random: torch.Generator) -> torch.Tensor:
+    """The numbers that :func:`draw` takes from a generator for as many rows, float64 [count], on its device."""
+    return torch.rand(count, dtype=torch.float64, device=random.device, generator=random)
 
 
 def parameter(call: Call, name: str, dtype: torch.dtype) -> torch.Tensor:

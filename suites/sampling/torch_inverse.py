@@ -27,12 +27,9 @@ def launch(call: Call) -> dict[str, torch.Tensor]:
 
 def numbers(case: Case[Rows], terms: Terms) -> torch.Tensor:
     """The numbers of the first launch once more."""
-    import torch
-
     from . import _torch_filters as f
 
-    device = terms.probs.device
-    return torch.rand(case.axes.draws, dtype=torch.float64, device=device, generator=f.seeded(case, 0, device))
+    return f.uniform(case.axes.draws, f.seeded(case, 0, terms.probs.device))
 
 
 def semantics(case: Case[Rows], device: Device) -> Semantics:

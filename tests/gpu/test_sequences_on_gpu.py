@@ -20,8 +20,8 @@ PLANTED: dict[str, tuple[set[str], set[str | None], set[str]]] = {
     "z7": ({"StaleState"}, {"workspace"}, {"again", "graph", "reuse", "page_table"}),
     "z9": ({"OutOfBounds", "Mismatch"}, {"offsets of pages beyond 32 bits", None}, {"far_pages"}),
     "z10": ({"OutOfBounds"}, {"guard page after kv_indices"}, set()),
-    "common": ({"StaleState", "Nondeterministic"}, {None, "something that outlives the launches"}, {"beside"}),
     "z11": ({"StaleState"}, {"workspace"}, {"poison", "again", "reuse", "page_table", "graph", "beside"}),
+    "common": ({"StaleState", "Nondeterministic"}, {None, "something that outlives the launches"}, {"beside"}),
 }
 
 

@@ -27,6 +27,7 @@ from kerneltest.model import (
     Guard,
     Kernel,
     LaunchSequence,
+    Load,
     Neighbour,
     Numerics,
     PageTable,
@@ -336,6 +337,9 @@ def test_two_launches_beside_each_other_wait_behind_one_gate_until_both_are_made
             done.append(f"stream {stream} held")
             return lambda: done.append("opened")
 
+        def occupy(self, stream: int) -> None:
+            done.append("loaded")
+
     def launch(call: Call) -> Outputs:
         done.append(f"launched {call.case.seed}")
         return right(call)
@@ -345,9 +349,11 @@ def test_two_launches_beside_each_other_wait_behind_one_gate_until_both_are_made
     monkeypatch.setattr(devices, "wait_for", lambda _, event: done.append(f"waits for {event}"))
     monkeypatch.setitem(vars(rig), "companions", Companions())
     other = replace(CASE, seed=CASE.seed + 1)
-    perform(Execution(kernel(launch), CASE, rig), LaunchSequence(case=CASE, steps=(Beside(case=other),)), {})
+    # A load stands for what has to be the last before the launch, wherever it stands in the sequence.
+    sequence = LaunchSequence(case=CASE, steps=(Load(what="sms"), Beside(case=other)))
+    perform(Execution(kernel(launch), CASE, rig), sequence, {})
     first, second = (f"launched {one.seed}" for one in (other, CASE))
-    assert done == ["stream 7 held", "recorded", first, "waits for event", second, "opened"] * 2
+    assert done == ["stream 7 held", "recorded", first, "waits for event", "loaded", second, "opened"] * 2
 
 
 def test_what_is_wrong_by_chance_is_not_blamed_on_the_poison(rig: Rig) -> None:

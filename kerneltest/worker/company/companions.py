@@ -59,6 +59,7 @@ extern "C" __global__ void late_copy(const unsigned long long *jobs, int count, 
 # where other processes keep its cores busy.
 LOAD_NS = 1_000_000
 LATE_NS = 2_000_000
+# How long a gate stays shut if nobody opens it, because the host waits for what is behind it.
 GATE_NS = 5_000_000
 BANDWIDTH_BYTES = 64 << 20
 LATE_BLOCKS = 8

@@ -215,7 +215,7 @@ def _(step: Beside, scene: Scene) -> None:
     scene.kept.append((other, stream))
 
     def launch() -> Callable[[], None]:
-        # Most kernels are through before the host has made another launch: both wait behind a gate until both are made.
+        # A kernel may be through before the host has made another launch: both wait behind a gate until both are made.
         open_gate = scene.execution.rig.companions.hold(stream.cuda_stream)
         gate = stream.record_event()
         with devices.beside_on(stream):

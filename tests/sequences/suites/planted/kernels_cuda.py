@@ -103,7 +103,7 @@ z7, z7_twin = pair("z7", split_prefill, replace(CONTRACT, shares_workspace=True)
 z9, z9_twin = pair("z9", prefill)
 # The entry behind the last page of the table is prefetched, and never used.
 z10, z10_twin = pair("z10", prefill)
-# Launches on two streams share a workspace that is nobody's.
-common, common_twin = pair("common", common_prefill)
 # Partial outputs are added to what the workspace holds.
 z11, z11_twin = pair("z11", split_prefill, replace(CONTRACT, shares_workspace=True))
+# Launches on two streams share a workspace that is nobody's.
+common, common_twin = pair("common", common_prefill)
